@@ -1,0 +1,65 @@
+"""Which Lightning: the one place that chooses between `pytorch_lightning` and `lightning.pytorch`.
+
+Both packages ship the same classes under two names, and `isinstance` across them is false. A Trainer
+of either runs a callback of the other, but jsonargparse (so LightningCLI) checks the type. Therefore the
+classes come from whichever package the program has already imported; where it has imported both, a
+callback derives from both base classes; where it has imported neither, `pytorch_lightning` is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Union
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    #: What a YAML reader should accept as a callback: either package's class.
+    CallbackType = Callback
+else:
+
+    def _packages() -> list[ModuleType]:
+        names = [name for name in ("pytorch_lightning", "lightning.pytorch") if name in sys.modules]
+        return [importlib.import_module(name) for name in names or ["pytorch_lightning"]]
+
+    def _class(name: str) -> type:
+        bases = tuple(getattr(package, name) for package in _packages())
+        return bases[0] if len(bases) == 1 else type(name, bases, {"__module__": __name__})
+
+    Callback = _class("Callback")
+    CallbackType = Union[tuple(package.Callback for package in _packages())]
+    LightningDataModule = _class("LightningDataModule")
+    MisconfigurationException = importlib.import_module(
+        f"{_packages()[0].__name__}.utilities.exceptions"
+    ).MisconfigurationException
+    # Names for annotations only: never test with isinstance against one package's class.
+    LightningModule = Any
+    Trainer = Any
+
+
+def should_log(trainer: Trainer) -> bool:
+    """Whether the trainer sends this step's values to its loggers; a `log` call on other steps is wasted."""
+    return trainer._logger_connector.should_update_logs
+
+
+def overrides(module: LightningModule, hook: str) -> bool:
+    """Whether a LightningModule of either package defines `hook` itself."""
+    implementation = getattr(type(module), hook, None)
+    return implementation is not None and not implementation.__module__.startswith(
+        ("pytorch_lightning.", "lightning.pytorch.")
+    )
+
+
+__all__ = [
+    "Callback",
+    "CallbackType",
+    "LightningDataModule",
+    "LightningModule",
+    "MisconfigurationException",
+    "Trainer",
+    "overrides",
+    "should_log",
+]

@@ -1,0 +1,227 @@
+"""The contract between a method's author and the engine."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_methods.attach import helpers as helper_container
+from lightning_methods.attach._lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    overrides,
+)
+from lightning_methods.attach.address import Address, AnyAddress, Computed, flat
+from lightning_methods.attach.ramp import Ramp
+from lightning_methods.attach.step import Step, TrainingStep, attached_step
+from lightning_methods.attach.teacher import Teacher
+
+
+class Method(Callback):
+    """A training method that attaches to any LightningModule.
+
+    A subclass overrides at most `rewrite`, `losses` and `helpers`, and keeps its addresses (parsed with
+    `address`) as attributes. The engine finds them there, records what they name, weights and adds the
+    terms, and logs the raw terms (`NAME/term`) and their weighted sum (`NAME/loss`).
+
+    Args:
+        name: Prefix in logs, key in checkpoints. Two methods of one class need two names.
+        weights: Weight of each term that `losses` returns; 1 where none is given. If all are 0 the method is
+            off, bit for bit.
+        ramp: Common factor of the weights over time.
+        task_weight: Weight of the module's own loss.
+        log: `True` logs on the steps at which the Trainer logs, `"epoch"` also the epoch's mean over steps (which
+            costs a `log` call every step), `False` never.
+
+    Raises:
+        ValueError: If a weight is negative.
+    """
+
+    #: The terms replace the module's loss instead of adding to it.
+    replaces_loss: bool = False
+    #: The module computes something else at inference too, so its checkpoints need the method.
+    changes_inference: ClassVar[bool] = False
+    #: A frozen network, readable under `teacher...` addresses.
+    teacher: Teacher | None = None
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        weights: Mapping[str, float] | None = None,
+        ramp: Ramp | None = None,
+        task_weight: float = 1.0,
+        log: bool | Literal["epoch"] = True,
+    ) -> None:
+        self.name = name
+        self.weights = dict(weights or {})
+        self.ramp = ramp
+        self.task_weight = task_weight
+        self.log_terms = log  # `log` itself is an attribute that Lightning sets on every callback
+        for term, weight in (*self.weights.items(), ("task", task_weight)):
+            if weight < 0:
+                raise ValueError(f"Expected the {term} weight of {name!r} to be at least 0, but got {weight}.")
+        self.did_something = False
+        self._step: TrainingStep | None = None
+        self._helpers: Mapping[str, nn.Module] | None = None
+
+    # What an author writes
+
+    def rewrite(self, step: Step) -> None:
+        """Called before the module's own step: may write to addresses in the batch (`step[address] = value`)."""
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """Called after the module's own step, autocast off: returns raw scalar terms by name; none skips the step."""
+        return {}
+
+    def helpers(self) -> Mapping[str, nn.Module]:
+        """Called once: trainable parts, to be optimised with the module and saved with the callback."""
+        return {}
+
+    # What the engine asks
+
+    @property
+    def active(self) -> bool:
+        """False if every weight is 0: then the engine leaves the step alone."""
+        return not self.weights or any(self.weights.values()) or self.task_weight != 1.0 or self.replaces_loss
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the class overrides `rewrite`."""
+        return type(self).rewrite is not Method.rewrite
+
+    @property
+    def adds_losses(self) -> bool:
+        """Whether the class overrides `losses`."""
+        return type(self).losses is not Method.losses
+
+    def addresses(self) -> dict[str, AnyAddress]:
+        """Every address that the method or its teacher reads, by the name of the argument that gave it."""
+        named = dict(_addresses_in("", vars(self)))
+        if self.teacher is not None:
+            named.update(_addresses_in("teacher", vars(self.teacher)))
+        return named
+
+    @property
+    def state_key(self) -> str:
+        """Tells this callback's state apart from that of others in a checkpoint."""
+        return f"{type(self).__qualname__}[{self.name}]"
+
+    # Lightning's hooks, in the order of a run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called before the optimizers are made: attaches, checks addresses, registers helpers."""
+        if stage != "fit":
+            return
+        try:
+            self._attach(trainer, pl_module)
+        except BaseException:
+            self._detach()
+            raise
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when the optimizers exist, before their state is restored: brings the helpers in."""
+        helper_container.join_optimizer(trainer, pl_module)
+        if self._step is not None:
+            self._step.start()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after each training epoch: says if the method never did anything in it."""
+        if not self.did_something and (self.rewrites or self.adds_losses):
+            reason = "all its weights are 0" if not self.active else "it neither changed a batch nor gave a term"
+            rank_zero_warn(f"{self!r} did nothing in epoch {trainer.current_epoch}: {reason}.")
+        self.did_something = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called when training raises, in place of `teardown`: leaves the module as it was."""
+        self._detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called at the end: leaves the module as it was."""
+        if stage == "fit":
+            self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The helpers' values; a subclass adds its buffers."""
+        return {"helpers": {name: helper.state_dict() for name, helper in (self._helpers or {}).items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        for name, values in state_dict["helpers"].items():
+            self._built_helpers()[name].load_state_dict(values)
+
+    # Attaching
+
+    def _attach(self, trainer: Trainer, module: LightningModule) -> None:
+        self._refuse(module)
+        step = attached_step(trainer, module)
+        self._step = step
+        step.add(self)
+        if self.teacher is not None:
+            asked = [where for where in flat(self.addresses().values()) if where.root == "teacher"]
+            self.teacher.attach(module, trainer.strategy.root_device, asked)
+        # Submodules made in `configure_model` do not exist yet; those addresses are checked at `on_fit_start`.
+        if not overrides(module, "configure_model"):
+            step.start()
+        if helpers := self._built_helpers():
+            helper_container.register(trainer, module, self.name, helpers)
+
+    def _refuse(self, module: LightningModule) -> None:
+        if not module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{self!r} adds to the loss that training_step returns, but {type(module).__name__} optimises "
+                f"manually, so Lightning ignores that loss. Call the method's functions from "
+                f"lightning_methods.functional in your training_step instead."
+            )
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise MisconfigurationException(
+                f"{self!r} needs the batch, but {type(module).__name__}.training_step takes `dataloader_iter` "
+                f"and fetches batches itself."
+            )
+
+    def _built_helpers(self) -> Mapping[str, nn.Module]:
+        if self._helpers is None:
+            # Initial weights must not shift the random numbers of the module's training.
+            with torch.random.fork_rng(devices=[]):
+                self._helpers = self.helpers()
+        return self._helpers
+
+    def _detach(self) -> None:
+        step, self._step = self._step, None
+        if self.teacher is not None:
+            self.teacher.detach()
+        if step is not None:
+            helper_container.unregister(step.module, self.name)
+            step.remove(self)
+        # Lightning gives every callback the module's `log`: copying the callback would copy the module.
+        for name in ("log", "log_dict"):
+            self.__dict__.pop(name, None)
+
+    def __repr__(self) -> str:
+        parts = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = vars(self).get(name, self.weights.get(name.removesuffix("_weight"), parameter.default))
+            if isinstance(value, (Address, Computed)) and isinstance(parameter.default, str):
+                value = value if str(value) != parameter.default else parameter.default
+            if value is not parameter.default and value != parameter.default:
+                parts.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _addresses_in(label: str, value: Any) -> Iterator[tuple[str, AnyAddress]]:
+    if isinstance(value, (Address, Computed)):
+        yield label, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _addresses_in(f"{label} key", key)
+            yield from _addresses_in(f"{label}.{key}".lstrip("."), item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _addresses_in(f"{label}.{index}", item)
