@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union
 
 if TYPE_CHECKING:
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     #: What a YAML reader should accept as a callback: either package's class.
     CallbackType = Callback
@@ -30,7 +30,7 @@ else:
         return bases[0] if len(bases) == 1 else type(name, bases, {"__module__": __name__})
 
     Callback = _class("Callback")
-    CallbackType = Union[tuple(package.Callback for package in _packages())]
+    CallbackType = Union[tuple(package.Callback for package in _packages())]  # noqa: UP007  # as many members as packages
     LightningDataModule = _class("LightningDataModule")
     MisconfigurationException = importlib.import_module(
         f"{_packages()[0].__name__}.utilities.exceptions"

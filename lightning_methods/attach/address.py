@@ -137,16 +137,14 @@ def computed(read: Callable[[Any], Any], *captures: str) -> Computed:
 
 def flat(addresses: Iterable[AnyAddress]) -> list[Address]:
     """The parsed addresses among `addresses`, those that functions capture included."""
-    return [
-        inner for where in addresses for inner in (where.captures if isinstance(where, Computed) else (where,))
-    ]
+    return [inner for where in addresses for inner in (where.captures if isinstance(where, Computed) else (where,))]
 
 
 _NAME = r"(?:[^.:@#\\]|\\.)+"
 _CAPTURE = re.compile(rf"({_NAME})((?:\.{_NAME})*)(@input)?(?:#(-?\d+))?(?::({_NAME}(?:\.{_NAME})*))?", re.DOTALL)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parse(text: str) -> Address:
     match = _CAPTURE.fullmatch(text)
     if match is None:
@@ -162,7 +160,11 @@ def _parse(text: str) -> Address:
         )
     if root in ("module", "teacher"):
         return Address(
-            cast(Root, root), _split(path), _split(items or ""), received is not None, None if call is None else int(call)
+            cast(Root, root),
+            _split(path),
+            _split(items or ""),
+            received is not None,
+            None if call is None else int(call),
         )
     if received or call or items:
         raise AddressError(

@@ -195,7 +195,7 @@ class NotCalledError(AddressError):
 
 def resolve(root: nn.Module, where: Address) -> nn.Module | Tensor:
     """The submodule, Parameter or buffer that the path of `where` names."""
-    value: Any = root
+    value: nn.Module | Tensor = root
     for depth, name in enumerate(where.path):
         inner = getattr(value, name, None) if isinstance(value, nn.Module) else None
         if not isinstance(inner, (nn.Module, Tensor)):
@@ -229,7 +229,7 @@ def called_submodules(root: nn.Module, run: Callable[[], Any]) -> str:
     fired: list[tuple[str, Any]] = []
 
     def note(path: str) -> Callable[..., None]:
-        return lambda module, args, output: fired.append((path, output))
+        return lambda _module, _args, output: fired.append((path, output))
 
     handles = [module.register_forward_hook(note(path)) for path, module in root.named_modules() if path]
     buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_methods.attach._lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_methods.attach._lightning import Callback, LightningModule, MisconfigurationException, Trainer
 
 #: Name under which the container stands on a LightningModule while it is being fitted.
 CONTAINER = "_lightning_methods"
@@ -41,10 +42,19 @@ def register(trainer: Trainer, module: LightningModule, name: str, helpers: Mapp
     with the wrong tensors.
     """
     _add(module, name, nn.ModuleDict(dict(helpers)))
-    for callback in trainer.callbacks:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for callback in callbacks:
         for value in vars(callback).values():
             if isinstance(value, AveragedModel) and type(value.module) is type(module):
-                _add(value.module, name, copy.deepcopy(nn.ModuleDict(dict(helpers))).to(value.n_averaged.device))
+                _add(
+                    value.module,
+                    name,
+                    copy.deepcopy(nn.ModuleDict(dict(helpers))).to(value.n_averaged.device),
+                )
+
+
+def _device(average: AveragedModel) -> torch.device:
+    return next(average.parameters()).device
 
 
 def _add(module: nn.Module, name: str, helpers: nn.ModuleDict) -> None:
@@ -75,7 +85,7 @@ def join_optimizer(trainer: Trainer, module: nn.Module) -> None:
         MisconfigurationException: If there are several optimizers to choose from.
     """
     container = module._modules.get(CONTAINER)
-    if container is None:
+    if not isinstance(container, Helpers):
         return
     known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [p for p in container.parameters() if p.requires_grad and id(p) not in known]

@@ -48,6 +48,8 @@ class Method(Callback):
     replaces_loss: bool = False
     #: The module computes something else at inference too, so its checkpoints need the method.
     changes_inference: ClassVar[bool] = False
+    #: Two processes with half of a batch each train like one with all of it (terms are means over samples).
+    exact_over_ranks: bool = True
     #: A frozen network, readable under `teacher...` addresses.
     teacher: Teacher | None = None
 
@@ -69,6 +71,8 @@ class Method(Callback):
             if weight < 0:
                 raise ValueError(f"Expected the {term} weight of {name!r} to be at least 0, but got {weight}.")
         self.did_something = False
+        self._open_epoch: int | None = None
+        self._ramp: Ramp | None = None
         self._step: TrainingStep | None = None
         self._helpers: Mapping[str, nn.Module] | None = None
 
@@ -85,7 +89,16 @@ class Method(Callback):
         """Called once: trainable parts, to be optimised with the module and saved with the callback."""
         return {}
 
+    def end_epoch(self) -> None:
+        """Called once after each training epoch, on every rank: what the epoch gathered takes effect."""
+
     # What the engine asks
+
+    def factor(self, trainer: Trainer) -> float | None:
+        """The ramp's factor now; None without a ramp."""
+        if self._ramp is None:
+            return None
+        return self._ramp.at(trainer.current_epoch if self._ramp.unit == "epoch" else trainer.global_step)
 
     @property
     def active(self) -> bool:
@@ -132,8 +145,23 @@ class Method(Callback):
         if self._step is not None:
             self._step.start()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before training, after everything is restored: ends an epoch that was stopped after its last step.
+
+        Lightning resumes such a checkpoint at the first batch of the next epoch, without the hooks between.
+        """
+        if self._open_epoch not in (None, trainer.current_epoch):
+            self.end_epoch()
+        self._open_epoch = trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before each training epoch, but not where a run is resumed in one."""
+        self._open_epoch = trainer.current_epoch
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called after each training epoch: says if the method never did anything in it."""
+        """Called after each training epoch: ends it, and says if the method never did anything in it."""
+        self.end_epoch()
+        self._open_epoch = None
         if not self.did_something and (self.rewrites or self.adds_losses):
             reason = "all its weights are 0" if not self.active else "it neither changed a batch nor gave a term"
             rank_zero_warn(f"{self!r} did nothing in epoch {trainer.current_epoch}: {reason}.")
@@ -149,11 +177,13 @@ class Method(Callback):
             self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """The helpers' values; a subclass adds its buffers."""
-        return {"helpers": {name: helper.state_dict() for name, helper in (self._helpers or {}).items()}}
+        """The helpers' values and the epoch that has begun but not ended; a subclass adds its buffers."""
+        helpers = {name: helper.state_dict() for name, helper in (self._helpers or {}).items()}
+        return {"helpers": helpers, "open_epoch": self._open_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
+        self._open_epoch = state_dict["open_epoch"]
         for name, values in state_dict["helpers"].items():
             self._built_helpers()[name].load_state_dict(values)
 
@@ -161,6 +191,7 @@ class Method(Callback):
 
     def _attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._refuse(module)
+        self._ramp = None if self.ramp is None else self.ramp.resolved(trainer.max_epochs)
         step = attached_step(trainer, module)
         self._step = step
         step.add(self)

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_methods.attach._lightning import LightningModule, MisconfigurationException, Trainer, should_log
+from lightning_methods.attach._lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    should_log,
+)
 from lightning_methods.attach.address import (
     AddressError,
     AddressLike,
@@ -42,12 +47,20 @@ class Step:
         index: Index of the batch in its epoch.
     """
 
-    __slots__ = ("_asked", "_autocast", "_recorder", "_teacher", "batch", "index", "module", "original_batch", "output",
-                 "trainer")
+    __slots__ = (
+        "_asked",
+        "_autocast",
+        "_recorder",
+        "_teacher",
+        "batch",
+        "index",
+        "module",
+        "original_batch",
+        "output",
+        "trainer",
+    )
 
-    def __init__(
-        self, module: LightningModule, trainer: Trainer, batch: Any, index: int, recorder: Recorder
-    ) -> None:
+    def __init__(self, module: LightningModule, trainer: Trainer, batch: Any, index: int, recorder: Recorder) -> None:
         self.module = module
         self.trainer = trainer
         self.batch = self.original_batch = batch
@@ -190,6 +203,7 @@ class TrainingStep:
         self._losing = [m for m in self.methods if m.active and m.adds_losses]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One training step of the module, with every attached method."""
         if not self._started:
             self.start()
         if not (self._rewriting or self._losing) or not self.trainer.training:
@@ -197,7 +211,13 @@ class TrainingStep:
         if kwargs:  # Lightning passes everything by position; a caller of its own may not
             args, kwargs = (*args, *kwargs.values()), {}
         batch, *rest = args
-        step = Step(self.module, self.trainer, batch, rest[0] if rest else self.trainer.fit_loop.batch_idx, self.recorder)
+        step = Step(
+            self.module,
+            self.trainer,
+            batch,
+            rest[0] if rest else self.trainer.fit_loop.batch_idx,
+            self.recorder,
+        )
         try:
             for method in self._rewriting:
                 before = step.batch
@@ -239,17 +259,17 @@ class TrainingStep:
     ) -> Tensor:
         method.did_something = True
         self._check(method, terms)
-        factor = 1.0 if method.ramp is None else method.ramp.at(self._now(method.ramp.unit))
+        factor = method.factor(self.trainer)
         weighted: Tensor | None = None
         for name, term in terms.items():
-            weight = method.weights.get(name, 1.0) * factor
+            weight = method.weights.get(name, 1.0) * (1.0 if factor is None else factor)
             if weight == 0.0:  # not even 0 * term: a term that is infinite must not matter
                 continue
             weighted = term * weight if weighted is None else torch.add(weighted, term, alpha=weight)
         if method.log_terms:
             logged.update({f"{method.name}/{name}": term.detach() for name, term in terms.items()})
             logged[f"{method.name}/loss"] = torch.zeros_like(total) if weighted is None else weighted.detach()
-            if method.ramp is not None:
+            if factor is not None:
                 logged[f"{method.name}/ramp"] = factor
         if method.task_weight != 1.0:
             total = total * method.task_weight
@@ -257,13 +277,12 @@ class TrainingStep:
             return total
         return weighted if method.replaces_loss else total + weighted
 
-    def _now(self, unit: str) -> int:
-        return self.trainer.current_epoch if unit == "epoch" else self.trainer.global_step
-
     def _check(self, method: Method, terms: Mapping[str, Tensor]) -> None:
         for name, term in terms.items():
             if not isinstance(term, Tensor) or term.ndim:
-                raise ValueError(f"{method!r}: expected its term {name!r} to be a scalar Tensor, but got {describe(term)}.")
+                raise ValueError(
+                    f"{method!r}: expected its term {name!r} to be a scalar Tensor, but got {describe(term)}."
+                )
         if not any(term.requires_grad for term in terms.values()):
             raise ValueError(
                 f"{method!r}: none of its terms ({', '.join(terms)}) carries a gradient, so it would change nothing. "

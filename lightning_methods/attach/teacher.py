@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_methods.attach.address import AddressLike, Address, address, describe
+from lightning_methods.attach.address import Address, AddressLike, address, describe
 from lightning_methods.attach.capture import Recorder
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ class Teacher:
     @staticmethod
     def _refuse_student(student: nn.Module, network: nn.Module) -> None:
         if network is student or any(network is module for module in student.modules()):
-            raise ValueError("The `teacher` is the student itself or one of its submodules; give it a network of its own.")
+            raise ValueError(
+                "The `teacher` is the student itself or one of its submodules; give it a network of its own."
+            )
         own = {id(parameter) for parameter in student.parameters()}
         storages = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()} - {0}
         for name, parameter in network.named_parameters():
@@ -188,7 +190,9 @@ def read_weights(path: Path, key: str | None = None) -> dict[str, Tensor]:
     if key is not None:
         chosen = {name.removeprefix(key): value for name, value in content.items() if name.startswith(key)}
         if not chosen:
-            raise ValueError(f"`teacher_key`: no key of {path} begins with {key!r}; the first is {next(iter(content), None)!r}.")
+            raise ValueError(
+                f"`teacher_key`: no key of {path} begins with {key!r}; the first is {next(iter(content), None)!r}."
+            )
         content = chosen
     return {name.removeprefix("module."): value for name, value in content.items()}
 
@@ -207,12 +211,12 @@ def _timm(name: str, weights: dict[str, Tensor] | None) -> nn.Module:
         near = ", ".join(timm.list_models(f"*{name}*")[:5])
         raise ValueError(f"`teacher`: timm has no model {name!r}.{f' It has {near}.' if near else ''}")
     if weights is None:
-        return timm.create_model(name, pretrained=True)  # type: ignore[no-any-return]
-    sizes: dict[str, int] = {}
+        return timm.create_model(name, pretrained=True)
+    sizes: dict[str, Any] = {}
     config = timm.get_pretrained_cfg(name)
     classifier, first = getattr(config, "classifier", None), getattr(config, "first_conv", None)
     if isinstance(classifier, str) and f"{classifier}.weight" in weights:
         sizes["num_classes"] = weights[f"{classifier}.weight"].shape[0]
     if isinstance(first, str) and f"{first}.weight" in weights:
         sizes["in_chans"] = weights[f"{first}.weight"].shape[1]
-    return timm.create_model(name, pretrained=False, **sizes)  # type: ignore[no-any-return]
+    return timm.create_model(name, pretrained=False, **sizes)

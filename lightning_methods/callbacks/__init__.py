@@ -1,1 +1,5 @@
-"""TODO."""
+"""Methods as Lightning callbacks: add one to `Trainer(callbacks=[...])`."""
+
+from lightning_methods.callbacks.ikl import IKLDistillation
+
+__all__ = ["IKLDistillation"]

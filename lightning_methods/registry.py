@@ -1,0 +1,79 @@
+"""One row of facts for each method; the command line, the docs and the tests read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What there is to say about a method in a table.
+
+    Attributes:
+        name: The method's name; also the name of its file in every folder.
+        title: One line.
+        callbacks: Names in `lightning_methods.callbacks`.
+        functional: Names in `lightning_methods.functional`.
+        paper: Authors, title, venue, arXiv number.
+        task: What it is for.
+        kind: How it attaches: in the training step, by changing the model, or by plain hooks.
+        changes_inference: Whether the trained module needs the method at inference.
+        card: Path of its documentation page.
+        known_limits: What it does not do, in a sentence each.
+    """
+
+    name: str
+    title: str
+    callbacks: tuple[str, ...]
+    functional: tuple[str, ...]
+    paper: str
+    task: str
+    kind: Literal["step", "surgery", "plain"]
+    changes_inference: bool
+    card: str
+    known_limits: tuple[str, ...]
+
+
+METHODS: tuple[MethodInfo, ...] = (
+    MethodInfo(
+        name="ikl",
+        title="Improved and generalised KL: distillation whose pairwise logit term reaches the student",
+        callbacks=("IKLDistillation",),
+        functional=(
+            "pairwise_wmse",
+            "soft_target_cross_entropy",
+            "dkl_loss",
+            "ikl_loss",
+            "gkl_loss",
+            "ikl_terms",
+            "accumulate_class_probs",
+            "normalize_class_probs",
+        ),
+        paper="Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, arXiv 2305.13948",
+        task="classification, knowledge distillation",
+        kind="step",
+        changes_inference=False,
+        card="docs/methods/ikl.md",
+        known_limits=(
+            "The gain over well-tuned KL distillation with the usual T² factor is small.",
+            "Class-wise weights hold a C x C matrix: use class_wise=False from about 20,000 classes on.",
+        ),
+    ),
+)
+
+
+def method(name: str) -> MethodInfo:
+    """The row of a method.
+
+    Raises:
+        ValueError: If there is none of that name.
+
+    Example:
+        >>> method("ikl").callbacks
+        ('IKLDistillation',)
+    """
+    for info in METHODS:
+        if info.name == name:
+            return info
+    raise ValueError(f"There is no method {name!r}; there are {', '.join(info.name for info in METHODS)}.")
