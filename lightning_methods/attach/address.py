@@ -23,9 +23,8 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, cast
 
 from torch import Tensor
@@ -206,23 +205,43 @@ def write_items(value: Any, items: Sequence[str], new: Any, where: Address, foun
     inner = write_items(inner, items[1:], new, where, f"{found}.{name}")
     if isinstance(value, Mapping):
         return with_key(value, _key(value, name), inner)
-    if isinstance(value, (list, tuple)) and _is_index(name):
-        parts = list(value)
-        parts[int(name)] = inner
-        if isinstance(value, list):
-            return parts
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if isinstance(value, tuple) and hasattr(value, "_replace"):
-        return value._replace(**{name: inner})
-    rebuilt = copy.copy(value)
-    object.__setattr__(rebuilt, name, inner)  # reaches frozen and slotted dataclasses alike
+    fields = getattr(value, "_fields", ())
+    if isinstance(value, tuple) and (_is_index(name) or name in fields):
+        parts: Any = list(value)
+        parts[fields.index(name) if name in fields else int(name)] = inner
+        # A NamedTuple's constructor takes its fields one by one.
+        return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+    rebuilt = _copied(value)
+    if isinstance(value, MutableSequence) and _is_index(name):
+        rebuilt[int(name)] = inner
+        return rebuilt
+    try:
+        _set_attribute(rebuilt, name, inner)
+    except AttributeError:
+        raise AddressError(f"Address '{where}': {found} is {describe(value)}, whose {name!r} cannot be set.") from None
     return rebuilt
+
+
+def _set_attribute(value: Any, name: str, new: Any) -> None:
+    try:
+        setattr(value, name, new)
+    except AttributeError:
+        object.__setattr__(value, name, new)  # reaches frozen dataclasses
 
 
 def with_key(mapping: Mapping[Any, Any], key: Any, new: Any) -> Any:
     """A copy of `mapping`, of its own type where that can be written, with `key` set."""
-    rebuilt: Any = dict(mapping) if isinstance(mapping, MappingProxyType) else copy.copy(mapping)
+    rebuilt = _copied(mapping) if isinstance(mapping, MutableMapping) else dict(mapping)
     rebuilt[key] = new
+    return rebuilt
+
+
+def _copied(value: Any) -> Any:
+    """A shallow copy that can be written to: a dict or list in which a class keeps its items is copied with it."""
+    rebuilt = copy.copy(value)
+    if not isinstance(value, dict) and not hasattr(type(value), "__copy__"):
+        own = getattr(rebuilt, "__dict__", {})
+        own.update({name: copy.copy(part) for name, part in own.items() if isinstance(part, (dict, list))})
     return rebuilt
 
 
@@ -230,7 +249,10 @@ def _item(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
         raise LookupError  # an index into a tensor is a row, hardly ever what was meant
     if isinstance(value, Mapping):
-        return value[_key(value, name)]
+        key = _key(value, name)
+        if key not in value:  # asked first: a defaultdict would make the key
+            raise LookupError
+        return value[key]
     if isinstance(value, Sequence) and not isinstance(value, str) and _is_index(name):
         return value[int(name)]
     try:

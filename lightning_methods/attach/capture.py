@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -34,8 +37,9 @@ def _forget(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """What a recording hook becomes in a copied or unpickled module: nothing."""
 
 
-def _get_forget() -> Callable[..., None]:
-    return _forget
+def itself(value: Any) -> Any:
+    """What a pickle calls to put `value` in the place of the object that was pickled."""
+    return value
 
 
 class _Hook:
@@ -52,8 +56,8 @@ class _Hook:
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
         return _forget
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _get_forget, ()
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return itself, (_forget,)
 
 
 class _RootForward:
@@ -73,6 +77,15 @@ class _RootForward:
         if self.recorder.live:
             self.recorder.record((), args, kwargs, output)
         return output
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., Any]:
+        # A module that copies itself inside its step gets the copy's own plain forward.
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if self.recorder.saved_forward:
+            return itself, (self.original,)
+        return getattr, (self.recorder.root, "forward")
 
 
 class Recorder:
@@ -96,7 +109,7 @@ class Recorder:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._warned: set[Address] = set()
         self._root_forward: _RootForward | None = None
-        self._saved_forward: list[Any] = []
+        self.saved_forward: list[Any] = []  # the one on the instance, if there was one
         for where in addresses:
             self.add(where)
 
@@ -125,7 +138,7 @@ class Recorder:
         self.live = True
         if self.patch_root and () in self.calls:
             state = self.root.__dict__
-            self._saved_forward = [state["forward"]] if "forward" in state else []
+            self.saved_forward = [state["forward"]] if "forward" in state else []
             # One object for all steps: a compiled step guards on its identity.
             if self._root_forward is None:
                 self._root_forward = _RootForward(self)
@@ -139,8 +152,8 @@ class Recorder:
         self.live = False
         if self.patch_root and () in self.calls:
             del self.root.__dict__["forward"]
-            if self._saved_forward:
-                self.root.__dict__["forward"] = self._saved_forward.pop()
+            if self.saved_forward:
+                self.root.__dict__["forward"] = self.saved_forward.pop()
 
     def clear(self) -> None:
         """Drops the recorded values, so that no graph outlives its step."""
@@ -154,7 +167,6 @@ class Recorder:
             AddressError: If it was not recorded, or has no such item.
         """
         calls = self.calls.get(where.path)
-        found = str(Address(where.root, where.path, received=where.received, call=where.call))
         if calls is None:
             value: Any = resolve(self.root, where)
             if not isinstance(value, Tensor):
@@ -167,16 +179,17 @@ class Recorder:
             raise NotCalledError(where)
         if where.call is None and len(calls) > 1 and where not in self._warned:
             self._warned.add(where)
+            first, last = (replace(where, call=call) for call in (0, len(calls) - 1))
             rank_zero_warn(
-                f"'{where}' was called {len(calls)} times in one step; the last call is used. "
-                f"Write '{found}#0' to '{found}#{len(calls) - 1}' to choose."
+                f"'{replace(where, items=())}' was called {len(calls)} times in one step; the last call is used. "
+                f"Write '{first}' to '{last}' to choose."
             )
         index = -1 if where.call is None else where.call
         if not -len(calls) <= index < len(calls):
             raise AddressError(f"Address '{where}': there were {len(calls)} calls in this step, numbered from 0.")
         call = calls[index]
         value = call.received if where.received else call.output
-        return read_items(value, where, found) if where.items else value
+        return read_items(value, where, str(replace(where, items=()))) if where.items else value
 
 
 class NotCalledError(AddressError):
@@ -226,25 +239,26 @@ def called_submodules(root: nn.Module, run: Callable[[], Any]) -> str:
 
     Only on the way to an error: random state and buffers are put back, gradients are off.
     """
-    fired: list[tuple[str, Any]] = []
+    outputs: dict[str, Any] = {}
 
     def note(path: str) -> Callable[..., None]:
-        return lambda _module, _args, output: fired.append((path, output))
+        return lambda _module, _args, output: outputs.update({path: output})
 
     handles = [module.register_forward_hook(note(path)) for path, module in root.named_modules() if path]
     buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        # What fired before the run failed (it may need the gradients that are off) is worth as much.
+        with torch.random.fork_rng(), torch.no_grad(), contextlib.suppress(Exception):
             run()
     finally:
         for handle in handles:
             handle.remove()
         for buffer, before in buffers:
             buffer.copy_(before)
-    if not fired:
+    if not outputs:
         return " No submodule was called either: name a value of the batch or of the output."
     # Heads return matrices and come last: those are the likeliest to be meant.
-    fired.reverse()
+    fired = list(reversed(outputs.items()))
     fired.sort(key=lambda item: not (isinstance(item[1], Tensor) and item[1].ndim == 2))
     shown = "; ".join(f"'module.{path}' returned {describe(output)}" for path, output in fired[:8])
     return f" Called were (likeliest first): {shown}."

@@ -28,7 +28,7 @@ from lightning_methods.attach.address import (
     with_key,
     write_items,
 )
-from lightning_methods.attach.capture import NotCalledError, Recorder, called_submodules
+from lightning_methods.attach.capture import NotCalledError, Recorder, called_submodules, itself
 from lightning_methods.attach.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class TrainingStep:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._instance_attribute:
-            return _itself, (self.original,)
+            return itself, (self.original,)
         return getattr, (self.module, "training_step")
 
     def add(self, method: Method) -> None:
@@ -242,21 +242,17 @@ class TrainingStep:
         if not isinstance(loss, Tensor):  # None skips the step; anything else is Lightning's to refuse
             return output
         total: Tensor = loss
-        logged: dict[str, Tensor | float] = {}
         with step.loss_context():
             for method in self._losing:
                 step._teacher = method.teacher
                 terms = method.losses(step)
                 if terms:
-                    total = self._added(method, total, terms, logged)
-        self._log(logged)
+                    total = self._added(method, total, terms)
         if total is loss:
             return output
         return with_key(output, "loss", total) if isinstance(output, Mapping) else total
 
-    def _added(
-        self, method: Method, total: Tensor, terms: Mapping[str, Tensor], logged: dict[str, Tensor | float]
-    ) -> Tensor:
+    def _added(self, method: Method, total: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
         method.did_something = True
         self._check(method, terms)
         factor = method.factor(self.trainer)
@@ -266,16 +262,25 @@ class TrainingStep:
             if weight == 0.0:  # not even 0 * term: a term that is infinite must not matter
                 continue
             weighted = term * weight if weighted is None else torch.add(weighted, term, alpha=weight)
-        if method.log_terms:
-            logged.update({f"{method.name}/{name}": term.detach() for name, term in terms.items()})
-            logged[f"{method.name}/loss"] = torch.zeros_like(total) if weighted is None else weighted.detach()
-            if factor is not None:
-                logged[f"{method.name}/ramp"] = factor
+        if method.log_terms and not self.trainer.barebones:
+            self._log(method, terms, total.new_zeros(()) if weighted is None else weighted, factor)
         if method.task_weight != 1.0:
             total = total * method.task_weight
         if weighted is None:
             return total
         return weighted if method.replaces_loss else total + weighted
+
+    def _log(self, method: Method, terms: Mapping[str, Tensor], weighted: Tensor, factor: float | None) -> None:
+        every_step = method.log_terms == "epoch"
+        # One `log` costs about as much as a whole small step, so none is spent on steps that nobody sees.
+        if not every_step and not should_log(self.trainer):
+            return
+        values: dict[str, Tensor | float] = {f"{method.name}/{name}": term.detach() for name, term in terms.items()}
+        values[f"{method.name}/loss"] = weighted.detach()
+        if factor is not None:
+            values[f"{method.name}/ramp"] = factor
+        # A batch size of 1 keeps Lightning from searching the batch: an epoch value is the mean over steps.
+        self.module.log_dict(values, on_step=True, on_epoch=every_step, batch_size=1)
 
     def _check(self, method: Method, terms: Mapping[str, Tensor]) -> None:
         for name, term in terms.items():
@@ -288,18 +293,6 @@ class TrainingStep:
                 f"{method!r}: none of its terms ({', '.join(terms)}) carries a gradient, so it would change nothing. "
                 f"What its addresses name was detached, or computed without gradients, by the module."
             )
-
-    def _log(self, values: dict[str, Tensor | float]) -> None:
-        every_step = any(method.log_terms == "epoch" for method in self._losing)
-        # One `log` costs about as much as a whole small step, so none is spent on steps that nobody sees.
-        if not values or self.trainer.barebones or not (every_step or should_log(self.trainer)):
-            return
-        # A batch size of 1 keeps Lightning from searching the batch for one: an epoch value is the mean over steps.
-        self.module.log_dict(values, on_step=True, on_epoch=every_step, batch_size=1)
-
-
-def _itself(value: Any) -> Any:
-    return value
 
 
 def attached_step(trainer: Trainer, module: LightningModule) -> TrainingStep:

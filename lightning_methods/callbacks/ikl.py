@@ -183,6 +183,8 @@ class IKLDistillation(Method):
         given = self.class_probs_init if isinstance(self.class_probs_init, Tensor) else None
         means = IKLLoss(
             self.num_classes if given is None else len(given),
+            gamma=self.gamma,
+            temperature=self.temperature,
             weight_temperature=self.weight_temperature,
             class_momentum=self.class_momentum,
         )

@@ -9,7 +9,7 @@ from cases import CASES
 
 from lightning_methods import callbacks
 from lightning_methods.registry import METHODS
-from lightning_methods.testing import CHECKS, Case, NotApplicable, check_method
+from lightning_methods.testing import CHECKS, Case, NotApplicable
 
 
 @functools.cache
