@@ -1,1 +1,5 @@
-"""TODO."""
+"""Modules that own parameters, buffers or hyperparameters of a method."""
+
+from lightning_methods.modules.ikl import IKLLoss
+
+__all__ = ["IKLLoss"]

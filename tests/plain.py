@@ -1,0 +1,142 @@
+"""The smallest LightningModule, its data, a quiet `fit`, and two methods to attach: what the engine's tests share."""
+
+import copy
+import warnings
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric.utilities.warnings import PossibleUserWarning
+from pytorch_lightning import LightningModule, Trainer, seed_everything
+from torch import nn
+
+from lightning_methods.attach import Method, address
+
+IN, CLASSES, ROWS = 4, 3, 6
+
+
+class Plain(LightningModule):
+    """A small classifier that knows nothing of this package."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(IN, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Batches:
+    """A loader over given batches; a list would be taken for several loaders."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def pairs(count=3):
+    """Batches (x, y)."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(ROWS, IN, generator=generator), torch.randint(CLASSES, (ROWS,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def trainer(*callbacks, **arguments):
+    """A Trainer with everything noisy switched off."""
+    quiet = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(callbacks=list(callbacks), **{**quiet, **arguments})
+
+
+def fit(module, *callbacks, batches=None, val=None, ckpt_path=None, **arguments):
+    """Fits on batches (three pairs by default) from a fixed seed; returns the Trainer."""
+    seed_everything(1, verbose=False)
+    run = trainer(*callbacks, **arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=PossibleUserWarning)  # Lightning's advice on workers and the like
+        run.fit(module, Batches(pairs() if batches is None else batches), val and Batches(val), ckpt_path=ckpt_path)
+    return run
+
+
+def weights(module):
+    """A copy of a module's values."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(first, second):
+    """Whether two modules or sets of weights agree bit for bit."""
+    first, second = (weights(one) if isinstance(one, nn.Module) else one for one in (first, second))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def trace(module):
+    """All that a method could leave on a module: attributes, submodules, modes, hooks."""
+    return {
+        "attributes": sorted(vars(module)),
+        **{
+            name: (
+                part.training,
+                sorted(part._modules),
+                {kind: len(hooks) for kind, hooks in vars(part).items() if kind.endswith("_hooks")},
+            )
+            for name, part in module.named_modules()
+        },
+    }
+
+
+def fitted_trace(module):
+    """The trace of a copy that was fitted without any method: Lightning leaves some attributes itself."""
+    module = copy.deepcopy(module)
+    fit(module, max_steps=1)
+    return trace(module)
+
+
+class Probe(Method):
+    """Keeps what its addresses give in each step; adds nothing."""
+
+    def __init__(self, *addresses, name="probe", **arguments):
+        super().__init__(name=name, **arguments)
+        self.asked = [address(where) for where in addresses]
+        self.seen = []
+
+    def losses(self, step):
+        self.seen.append([step[where] for where in self.asked])
+        self.did_something = True  # no warning
+        return {}
+
+
+class Penalty(Method):
+    """Adds half the squared length of all the weights of `net`: every step has it, and it is easy to write by hand."""
+
+    def __init__(self, weight=1.0, *, name="penalty", **arguments):
+        super().__init__(name=name, weights={"l2": weight}, **arguments)
+
+    def losses(self, step):
+        return {"l2": penalty(step.module)}
+
+
+def penalty(module):
+    return sum(p.square().sum() for p in module.net.parameters()) / 2
