@@ -1,1 +1,42 @@
-"""TODO."""
+"""LightningDataModules for the benchmarks' own on-disk layouts and for the small worlds of the demos.
+
+Each name is imported when it is first used, so that `import lightning_methods.datamodules` loads neither
+timm nor kornia.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_methods.datamodules.ikl import (
+        CIFAR100DistillDataModule,
+        ImageNetDataModule,
+        ImageNetLTDataModule,
+    )
+    from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
+
+__all__ = [
+    "CIFAR100DistillDataModule",
+    "DigitsDataModule",
+    "ImageNetDataModule",
+    "ImageNetLTDataModule",
+    "SuperclassDataModule",
+]
+
+_FILES = {
+    "CIFAR100DistillDataModule": "ikl",
+    "DigitsDataModule": "ikl_worlds",
+    "ImageNetDataModule": "ikl",
+    "ImageNetLTDataModule": "ikl",
+    "SuperclassDataModule": "ikl_worlds",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
