@@ -2,9 +2,9 @@
 
 from functools import cached_property
 
-from pytorch_lightning import LightningDataModule as LightningDataModule
 from torch import Tensor
 
+from lightning_methods.attach._lightning import LightningDataModule as LightningDataModule
 from lightning_methods.datamodules._tensors import TensorLoader
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from cases import CASES
+from conformance.cases import CASES
 
 from lightning_methods import callbacks
 from lightning_methods.registry import METHODS
