@@ -8,16 +8,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_sync import NoSync
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_methods.functional import (
-    accumulate_class_probs,
     dkl_loss,
     gkl_loss,
     ikl_loss,
     ikl_terms,
-    normalize_class_probs,
     pairwise_wmse,
     soft_target_cross_entropy,
 )
@@ -392,81 +390,17 @@ class TestProperties:
         assert (wmse > -1e-12).all()  # rounding may leave a zero on either side
 
 
-class TestClassProbs:
-    def test_accumulate_is_a_loop_over_samples(self):
-        sums, scores = class_means(5), logits(3, 5, 2)[0]
-        target = torch.tensor([[0, 4], [4, 4], [1, 0]])
-        expected = sums.clone()
-        for i in range(3):
-            for j in range(2):
-                expected[target[i, j]] += (scores[i, :, j] / 3).softmax(0).detach()
-        before = sums.clone()
-        found = accumulate_class_probs(sums, scores, target, temperature=3.0)
-        close(found, expected)
-        close(sums, before)
-        assert not found.requires_grad
-
-    def test_accumulate_nothing(self):
-        sums = class_means(3)
-        close(accumulate_class_probs(sums, torch.empty(0, 3), torch.empty(0, dtype=torch.long)), sums)
-
-    def test_accumulate_half_precision_logits_in_float32(self):
-        scores = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
-        found = accumulate_class_probs(torch.zeros(3, 3), scores, torch.tensor([0, 0, 1, 2]))
-        expected = accumulate_class_probs(torch.zeros(3, 3), scores.float(), torch.tensor([0, 0, 1, 2]))
-        assert torch.equal(found, expected)
-
-    @pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0])
-    def test_normalize(self, momentum):
-        sums = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 0.0], [2.0, 1.0, 1.0]], dtype=torch.float64)
-        previous = class_means(3)
-        means = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 0.0], [0.5, 0.25, 0.25]], dtype=torch.float64)
-        found = normalize_class_probs(sums, previous, momentum=momentum)
-        for row in (0, 2):
-            close(found[row], momentum * means[row] + (1 - momentum) * previous[row])
-        assert not normalize_class_probs(sums.requires_grad_(), previous).requires_grad
-
-    def test_absent_classes_keep_their_means_to_the_last_bit(self):
-        previous = class_means(50, dtype=torch.float32)
-        for momentum in (0.1, 0.3, 0.7, 1.0):
-            assert torch.equal(normalize_class_probs(torch.zeros(50, 50), previous, momentum=momentum), previous)
-
-    def test_true_means(self):
-        scores, _ = logits(20, 4)
-        target = torch.arange(20) % 3
-        sums = accumulate_class_probs(torch.zeros(4, 4).double(), scores[:11], target[:11])
-        sums = accumulate_class_probs(sums, scores[11:], target[11:])
-        found = normalize_class_probs(sums, torch.full((4, 4), 0.25).double())
-        for y in range(3):
-            close(found[y], scores[target == y].softmax(1).mean(0).detach())
-        close(found[3], torch.full((4,), 0.25).double())
-
-
-class Asynchronous(TorchDispatchMode):
-    """Refuses what would make the host wait for a device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"), name
-        return func(*args, **(kwargs or {}))
-
-
 class TestRunsAnywhere:
     def test_the_guard_of_the_next_test_works(self):
-        with Asynchronous(), pytest.raises(AssertionError):
+        with NoSync(), pytest.raises(AssertionError):
             torch.ones(()).item()
 
     @each_loss
     def test_the_host_never_waits(self, loss):
         student, teacher = logits(4, 5)
         means, target = class_means(5), torch.arange(4)
-        with Asynchronous():
+        with NoSync():
             loss(student, teacher, means, target).backward()
-
-    def test_class_means_never_wait(self):
-        with Asynchronous():
-            sums = accumulate_class_probs(torch.zeros(3, 3), torch.randn(4, 3), torch.zeros(4, dtype=torch.long))
-            normalize_class_probs(sums, sums)
 
     @each_loss
     def test_compiles_whole(self, loss):
@@ -477,15 +411,6 @@ class TestRunsAnywhere:
         plain = loss(student, teacher, means, target)
         close(compiled, plain)
         close(gradients(compiled, student, teacher), gradients(plain, student, teacher))
-
-    def test_class_means_compile_whole(self):
-        @functools.partial(torch.compile, fullgraph=True, backend="eager")
-        def step(sums, scores, target):
-            return normalize_class_probs(accumulate_class_probs(sums, scores, target), sums)
-
-        scores, target = logits(4, 5)[0], torch.arange(4)
-        sums = accumulate_class_probs(class_means(5), scores, target)
-        close(step(class_means(5), scores, target), normalize_class_probs(sums, class_means(5)))
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -509,46 +434,3 @@ class TestRunsAnywhere:
         heavy = "{'lightning', 'pytorch_lightning', 'torchmetrics', 'timm', 'kornia'}"
         code = f"import sys, lightning_methods.functional; sys.exit({heavy} & set(sys.modules) or 0)"
         subprocess.run([sys.executable, "-c", code], check=True)
-
-
-N, M = torch.zeros(2, 3), torch.zeros(2, 3)
-P, Y = torch.full((3, 3), 1 / 3), torch.tensor([0, 2])
-
-BAD_CALLS = {
-    "shapes differ": (lambda: ikl_loss(N, torch.zeros(2, 4)), r"student_logits.*\(2, 3\).*teacher_logits.*\(2, 4\)"),
-    "one dimension": (lambda: dkl_loss(N[0], M[0]), r"student_logits.*\(N, C\).*\(3,\)"),
-    "no class": (lambda: dkl_loss(N[:, :0], M[:, :0]), "student_logits"),
-    "integer logits": (lambda: soft_target_cross_entropy(N, M.long()), "teacher_logits.*int64"),
-    "class_probs alone": (lambda: ikl_loss(N, M, P), "target.*missing"),
-    "target alone": (lambda: gkl_loss(N, M, target=Y), "class_probs.*missing"),
-    "class_probs not square": (lambda: ikl_loss(N, M, P[:2], Y), r"class_probs.*\(3, 3\).*\(2, 3\)"),
-    "class_probs of integers": (lambda: ikl_loss(N, M, P.long(), Y), "class_probs.*int64"),
-    "target shape": (lambda: ikl_loss(N, M, P, Y[:1]), r"target.*\(2,\).*\(1,\)"),
-    "target column": (lambda: ikl_loss(N, M, P, Y[:, None]), r"target.*\(2,\).*\(2, 1\)"),
-    "target floating": (lambda: ikl_loss(N, M, P, Y.float()), "target.*float32"),
-    "target boolean": (lambda: ikl_loss(N, M, P, Y > 0), "target.*bool"),
-    "target too large": (lambda: ikl_loss(N, M, P, Y + 1), r"target.*\[0, 3\).*from 1 to 3"),
-    "target negative": (lambda: ikl_loss(N, M, P, Y - 1), r"target.*from -1 to 1"),
-    "temperature": (lambda: ikl_loss(N, M, temperature=0.0), "`temperature`.*positive.*0.0"),
-    "student_temperature": (lambda: soft_target_cross_entropy(N, M, student_temperature=-1.0), "student_temperature"),
-    "weight_temperature": (lambda: ikl_loss(N, M, weight_temperature=math.nan), "weight_temperature.*nan"),
-    "gamma": (lambda: gkl_loss(N, M, gamma=-0.1), "gamma.*-0.1"),
-    "reduction": (lambda: dkl_loss(N, M, reduction="max"), "reduction.*none.*max"),
-    "normalization": (lambda: ikl_terms(N, M, normalization="class"), "normalization.*batch.*class"),
-    "weight too long": (lambda: pairwise_wmse(N, M, torch.ones(4)), r"weight.*\(2, 3\).*\(4,\)"),
-    "weight too deep": (lambda: pairwise_wmse(N, M, torch.ones(1, 2, 3)), r"weight.*\(2, 3\).*\(1, 2, 3\)"),
-    "sums not square": (lambda: accumulate_class_probs(P[:2], N, Y), r"class_sums.*\(3, 3\)"),
-    "sums: target": (lambda: accumulate_class_probs(P, N, Y + 5), r"target.*from 5 to 7"),
-    "sums: negative target": (lambda: accumulate_class_probs(P, N, Y - 1), r"target.*from -1 to 1"),
-    "sums: logits": (lambda: accumulate_class_probs(P, N.long(), Y), "`logits`.*int64"),
-    "sums: temperature": (lambda: accumulate_class_probs(P, N, Y, temperature=-1.0), "temperature"),
-    "means: shape": (lambda: normalize_class_probs(P[0], P[0]), r"class_sums.*\(3,\)"),
-    "means: previous": (lambda: normalize_class_probs(P, P[:2, :2]), r"previous.*\(3, 3\).*\(2, 2\)"),
-    "means: momentum": (lambda: normalize_class_probs(P, P, momentum=1.1), "momentum.*1.1"),
-}
-
-
-@pytest.mark.parametrize(("call", "message"), BAD_CALLS.values(), ids=list(BAD_CALLS))
-def test_bad_input_names_the_argument(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -31,10 +31,10 @@ CASES = sorted(Path(__file__).parent.rglob("*.json"))
 
 class Case:
     def __init__(self, path: Path):
-        self.spec: dict[str, Any] = json.loads(path.read_text())
+        self.record: dict[str, Any] = json.loads(path.read_text())
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
             self.arrays = dict(arrays)
-        expected = self.spec["expected"]
+        expected = self.record["expected"]
         self.expected: dict[str, str] = (
             expected if isinstance(expected, dict) else dict(zip(expected, expected, strict=True))
         )
@@ -61,22 +61,22 @@ class Case:
         return lambda z: 3 * torch.tanh(torch.nn.functional.linear(z.flatten(1), weight, bias))
 
     def results(self) -> dict[str, Any]:
-        room, _, name = self.spec["call"].rpartition(".")
+        room, _, name = self.record["call"].rpartition(".")
         function = getattr(importlib.import_module(f"lightning_methods.{room or 'functional'}"), name)
         if room:
-            function = function(**self.spec.get("init", {}))
-        if "updates" in self.spec:
-            for keys in self.spec["updates"]:
+            function = function(**self.record.get("init", {}))
+        if "updates" in self.record:
+            for keys in self.record["updates"]:
                 function.update(*map(self.value, keys))
             return self.by_name(function.compute())
-        if "state" in self.spec:
+        if "state" in self.record:
             stored = {key[6:]: self.value(key) for key in self.arrays if key.startswith("state:")}
             function.load_state_dict(stored)
         if room == "modules":
-            function.train(self.spec.get("mode", "eval") == "train")
-        positional = [self.argument(key, key) for key in self.spec.get("inputs", [])]
-        named = {name: self.argument(name, key) for name, key in self.spec.get("tensor_kwargs", {}).items()}
-        return self.by_name(function(*positional, **self.spec.get("kwargs", {}), **named))
+            function.train(self.record.get("mode", "eval") == "train")
+        positional = [self.argument(key, key) for key in self.record.get("inputs", [])]
+        named = {name: self.argument(name, key) for name, key in self.record.get("tensor_kwargs", {}).items()}
+        return self.by_name(function(*positional, **self.record.get("kwargs", {}), **named))
 
     def by_name(self, result: Any) -> dict[str, Any]:
         if isinstance(result, dict):
@@ -88,11 +88,11 @@ class Case:
         return dict.fromkeys(self.wanted, result)
 
     def gradients(self, results: dict[str, Any]) -> dict[str, Tensor]:
-        if "cotangents" in self.spec:
-            weighted = [(results[name] * self.value(key)).sum() for name, key in self.spec["cotangents"].items()]
+        if "cotangents" in self.record:
+            weighted = [(results[name] * self.value(key)).sum() for name, key in self.record["cotangents"].items()]
             scalar = torch.stack(weighted).sum()
-        elif "grad_of" in self.spec:
-            scalar = results[self.spec["grad_of"]].sum()
+        elif "grad_of" in self.record:
+            scalar = results[self.record["grad_of"]].sum()
         else:
             scalar = next(r for r in results.values() if isinstance(r, Tensor) and r.requires_grad).sum()
         leaves = [self.arguments[name] for name in self.differentiated]
@@ -113,8 +113,8 @@ class Case:
             np.testing.assert_allclose(
                 actual.reshape(expected.shape).double().numpy(),
                 expected.double().numpy(),
-                rtol=self.spec["rtol"],
-                atol=self.spec["atol"],
+                rtol=self.record["rtol"],
+                atol=self.record["atol"],
                 err_msg=name,
             )
 
