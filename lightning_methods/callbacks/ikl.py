@@ -11,7 +11,6 @@ from torch import Tensor, distributed, nn
 from lightning_methods.attach import AddressLike, Method, Ramp, Step, Teacher, address
 from lightning_methods.attach._lightning import LightningModule, Trainer
 from lightning_methods.attach.address import describe
-from lightning_methods.functional import ikl_terms
 from lightning_methods.modules import IKLLoss
 
 Variant = Literal["ikl", "gkl", "dkl"]
@@ -129,42 +128,29 @@ class IKLDistillation(Method):
         self.num_classes = num_classes
         # The batch normaliser of GKL is taken on each rank alone, as the authors' code does.
         self.exact_over_ranks = variant != "gkl"
-        self._means = self._new_means()
+        self._loss = self._new_loss()
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """The wMSE and the soft cross-entropy of this step's logits."""
         student, teacher = step[self.student_logits], step[self.teacher_logits]
         self._check_logits(student, teacher)
-        class_probs = target = None
-        if self.class_wise:
-            target = self._class_indices(step[self.target], student)
-            self._means.update(teacher, target)  # counts for the next epoch's means, not for this one's
-            class_probs = self._means.class_probs
-        terms = ikl_terms(
-            student,
-            teacher,
-            class_probs,
-            target,
-            gamma=self.gamma,
-            temperature=self.temperature,
-            weight_temperature=self.weight_temperature,
-            normalization="weight" if self.variant == "gkl" else "batch",
-        )
+        target = self._class_indices(step[self.target], student) if self.class_wise else None
+        terms = self._loss.terms(student, teacher, target)
         wmse = terms.wmse.detach() if self.variant == "dkl" else terms.wmse
         return {"wmse": wmse, "soft_ce": terms.soft_ce}
 
     def end_epoch(self) -> None:
         """The epoch's class means become the weights of the next."""
-        self._means.end_epoch()
+        self._loss.end_epoch()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called before the optimizers are made: attaches, and moves the class means to the device."""
         super().setup(trainer, pl_module, stage)
-        self._means.to(trainer.strategy.root_device)
+        self._loss.to(trainer.strategy.root_device)
 
     def state_dict(self) -> dict[str, Any]:
         """The class means and the sums of this epoch over all ranks, so that an interrupted epoch continues."""
-        means = {name: value.clone() for name, value in self._means.state_dict().items()}
+        means = {name: value.clone() for name, value in self._loss.state_dict().items()}
         if distributed.is_available() and distributed.is_initialized() and means:
             distributed.all_reduce(means["class_sums"])  # Lightning asks every rank, and rank 0 writes
         return {**super().state_dict(), "class_means": means}
@@ -172,27 +158,30 @@ class IKLDistillation(Method):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave; the sums of all ranks go to one of them."""
         super().load_state_dict(state_dict)
-        device = self._means.class_probs.device
-        self._means = self._new_means()  # the state may be one from before the number of classes was known
-        self._means.load_state_dict(state_dict["class_means"])
-        self._means.to(device)
+        device = self._loss.class_probs.device
+        self._loss = self._new_loss()  # the state may be one from before the number of classes was known
+        self._loss.load_state_dict(state_dict["class_means"])
+        self._loss.to(device)
         if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
-            self._means.class_sums.zero_()
+            self._loss.class_sums.zero_()
 
-    def _new_means(self) -> IKLLoss:
+    def _new_loss(self) -> IKLLoss:
         given = self.class_probs_init if isinstance(self.class_probs_init, Tensor) else None
-        means = IKLLoss(
+        loss = IKLLoss(
             self.num_classes if given is None else len(given),
+            class_wise=self.class_wise,
+            normalization="weight" if self.variant == "gkl" else "batch",
             gamma=self.gamma,
             temperature=self.temperature,
             weight_temperature=self.weight_temperature,
             class_momentum=self.class_momentum,
         )
         if given is not None:
-            if given.shape != means.class_probs.shape:
+            if given.shape != (len(given), len(given)):
                 raise ValueError(f"Expected `class_probs_init` to be (C, C), but got {describe(given)}.")
-            means.class_probs.copy_(given)
-        return means
+            if self.class_wise:
+                loss.class_probs.copy_(given)
+        return loss
 
     def _check_logits(self, student: Any, teacher: Any) -> None:
         for argument, value in (("student_logits", student), ("teacher_logits", teacher)):
@@ -207,9 +196,9 @@ class IKLDistillation(Method):
                 f"{list(student.shape)} and `teacher_logits` at {self.teacher_logits!r} are {list(teacher.shape)} "
                 f"(classes are in dimension 1)."
             )
-        if self._means.num_classes not in (None, student.shape[1]):
+        if self._loss.num_classes not in (None, student.shape[1]):
             raise ValueError(
-                f"Expected {self._means.num_classes} classes at {self.student_logits!r}, as `num_classes` or the "
+                f"Expected {self._loss.num_classes} classes at {self.student_logits!r}, as `num_classes` or the "
                 f"restored class means say, but got {student.shape[1]}."
             )
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_methods.functional import ikl_terms, normalize_class_probs
+from lightning_methods.functional import IKLTerms, ikl_terms, normalize_class_probs
 from lightning_methods.functional._logits import check_choice, check_logits, check_positive, check_range
 from lightning_methods.functional.class_probs import accumulate_class_probs_
 from lightning_methods.functional.ikl import Normalization
@@ -105,7 +105,13 @@ class IKLLoss(nn.Module):
         return len(self.class_probs) or None
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
-        """The mean loss of a batch; in training mode its teacher logits also count towards the next class means.
+        """The mean loss of a batch: `terms(...).loss`."""
+        return self.terms(student_logits, teacher_logits, target).loss
+
+    def terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> IKLTerms:
+        """The mean loss of a batch and its two raw terms.
+
+        In training mode the teacher logits also count towards the next class means.
 
         Args:
             student_logits: (N, C) or (N, C, d1, ...).
@@ -122,7 +128,7 @@ class IKLLoss(nn.Module):
             raise ValueError("`target` is missing: class-wise weights need it, class_wise=False does not")
         else:
             self._start_if_new(teacher_logits)
-        loss = ikl_terms(
+        terms = ikl_terms(
             student_logits,
             teacher_logits,
             None if target is None else self.class_probs,
@@ -133,10 +139,10 @@ class IKLLoss(nn.Module):
             temperature=self.temperature,
             weight_temperature=self.weight_temperature,
             normalization=self.normalization,
-        ).loss
+        )
         if self.training and target is not None:
             self.update(teacher_logits, target)
-        return loss
+        return terms
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Count a batch towards the next class means; `forward` does so in training mode.

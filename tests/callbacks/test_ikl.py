@@ -112,7 +112,7 @@ def test_two_epochs_by_hand(variant: str, class_wise: bool) -> None:
         probs = sums / sums.sum(-1, keepdim=True)
     torch.testing.assert_close(module.net.weight, hand.net.weight, rtol=1e-6, atol=1e-8)  # class means are float32
     if class_wise:
-        torch.testing.assert_close(method._means.class_probs.double(), probs, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(method._loss.class_probs.double(), probs, rtol=1e-6, atol=1e-7)
 
 
 def test_dkl_has_the_gradient_of_kl() -> None:
@@ -247,7 +247,7 @@ def test_class_means_are_those_of_all_ranks(tmp_path: Any) -> None:
         middle, end = torch.load(tmp_path / f"{rank}-0.pt"), torch.load(tmp_path / f"{rank}-end.pt")
         # A checkpoint in mid-epoch holds the sums of both ranks, each of which has seen half of the first batch.
         assert middle["class_sums"].sum() == pytest.approx(6, abs=1e-4)
-        torch.testing.assert_close(end["class_probs"], one._means.class_probs)
+        torch.testing.assert_close(end["class_probs"], one._loss.class_probs)
         assert not end["class_sums"].any()
 
 
