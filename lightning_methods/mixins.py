@@ -8,7 +8,8 @@ A mixin stands before LightningModule, and its settings in a class or instance a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -42,35 +43,67 @@ class MethodMixin:
                 f"{cls.__name__}: write `class {cls.__name__}({mixin.__name__}, LightningModule)`; behind "
                 f"LightningModule the mixin is never asked for its callback."
             )
+        if own := vars(cls).get("configure_callbacks"):
+            cls.configure_callbacks = _joined(own)  # type: ignore[assignment, method-assign]
 
     def configure_callbacks(self) -> list[Any]:
         """Called by Lightning at the start of every run."""
-        given: Any = super().configure_callbacks()  # type: ignore[misc]
-        callback = self._method_callback()
-        trainer = getattr(self, "_trainer", None)
-        for other in getattr(trainer, "callbacks", ()):
-            if other is not callback and isinstance(callback, type(other)) and type(other).__module__ != "builtins":
+        return self._with_methods(super().configure_callbacks())  # type: ignore[misc]
+
+    def _with_methods(self, given: Any) -> list[Any]:
+        callbacks = list(given) if isinstance(given, (list, tuple)) else [given]
+        for callback in self._method_callbacks():
+            self._refuse_clash(callback)
+            if callback not in callbacks:
+                callbacks.append(callback)
+        return callbacks
+
+    def _method_callbacks(self) -> Iterator[Any]:
+        # Looked up on each mixin, not on self: a class may have several, and attributes of these names.
+        own = _CALLBACKS.setdefault(self, {})
+        for mixin in type(self).__mro__:
+            if not issubclass(mixin, MethodMixin) or _is_module(mixin) or "method" not in vars(mixin):
+                continue
+            if mixin not in own:
+                own[mixin] = mixin.method(**self._settings_of(mixin))
+            yield own[mixin]
+
+    def _settings_of(self, mixin: type[MethodMixin]) -> Mapping[str, Any]:
+        settings = getattr(self, mixin.settings, None)
+        if not isinstance(settings, Mapping):
+            raise MisconfigurationException(
+                f"{type(self).__name__}.{mixin.settings} should be a dict of {mixin.method.__name__}'s arguments, "
+                f"but is {settings!r}."
+            )
+        return settings
+
+    def _refuse_clash(self, callback: Any) -> None:
+        # What is left from fitting another module with this Trainer is Lightning's to replace.
+        carried = [one for own in _CALLBACKS.values() for one in own.values()]
+        for other in getattr(getattr(self, "_trainer", None), "callbacks", ()):
+            if isinstance(callback, type(other)) and other not in carried:
                 raise MisconfigurationException(
                     f"{type(self).__name__} brings {callback!r} through its mixin, and the Trainer has {other!r}; "
                     f"Lightning would drop the Trainer's. Use one of the two."
                 )
-        return [*(given if isinstance(given, (list, tuple)) else [given]), callback]
-
-    def _method_callback(self) -> Any:
-        # Outside of the module: a deep copy of the module must not copy the callback and its teacher.
-        own = _CALLBACKS.setdefault(self, {})
-        if self.settings not in own:
-            settings = getattr(self, self.settings, None)
-            if not isinstance(settings, Mapping):
-                raise MisconfigurationException(
-                    f"{type(self).__name__}.{self.settings} should be a dict of {self.method.__name__}'s arguments, "
-                    f"but is {settings!r}."
-                )
-            own[self.settings] = self.method(**settings)
-        return own[self.settings]
 
 
-_CALLBACKS: WeakKeyDictionary[MethodMixin, dict[str, Any]] = WeakKeyDictionary()
+def _is_module(cls: type) -> bool:
+    return any(base.__name__ == "LightningModule" for base in cls.__mro__)
+
+
+def _joined(configure: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    """A class's own `configure_callbacks`, whose result the mixins join even if it does not ask `super()`."""
+
+    @functools.wraps(configure)
+    def configure_callbacks(self: Any) -> list[Any]:
+        return self._with_methods(configure(self))  # type: ignore[no-any-return]
+
+    return configure_callbacks
+
+
+#: Outside of the modules: a deep copy of a module must not copy its callbacks and their teachers.
+_CALLBACKS: WeakKeyDictionary[MethodMixin, dict[type[MethodMixin], Any]] = WeakKeyDictionary()
 
 
 class IKLDistillationMixin(MethodMixin):

@@ -40,31 +40,39 @@ def _read(path: Path) -> list[Callback]:
         content = yaml.safe_load(text)
     except OSError as error:
         raise _error(path, None, f"the file cannot be read: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
-        raise _error(path, line, f"the file is not YAML: {error.problem}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = None if mark is None else mark.line + 1
+        raise _error(path, line, f"the file is not YAML: {getattr(error, 'problem', error)}") from None
     items = content
     for key in ("trainer", "callbacks"):
         items = items.get(key) if isinstance(items, dict) else None
     if not isinstance(items, list):
         raise _error(path, None, "expected a list of callbacks at the key `trainer.callbacks`")
-    nodes = _child(_child(root, "trainer"), "callbacks").value
-    return [_build(path, node.start_mark.line + 1, item) for node, item in zip(nodes, items, strict=True)]
+    listed = _child(_child(root, "trainer"), "callbacks")
+    # A list that a merge key brought in is not found under its keys: errors then name no line.
+    lines = [node.start_mark.line + 1 for node in listed.value] if listed else [None] * len(items)
+    return [_build(path, line, item) for line, item in zip(lines, items, strict=True)]
 
 
 def _child(node: Any, key: str) -> Any:
-    return next(value for name, value in node.value if name.value == key)
+    return None if node is None else next((value for name, value in node.value if name.value == key), None)
 
 
-def _build(path: Path, line: int, item: Any) -> Callback:
+def _build(path: Path, line: int | None, item: Any) -> Callback:
+    import torch
     from jsonargparse import ArgumentParser, Namespace
 
     from lightning_methods.attach._lightning import CallbackType
 
+    if isinstance(item, dict) and "class_path" not in item:
+        raise _error(path, line, "the callback cannot be built: it has no `class_path`")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callback", type=CallbackType, required=True)
     try:
-        built: Namespace = parser.instantiate_classes(parser.parse_object({"callback": item}))
+        # The script goes on with the random numbers that it would have had without the variable.
+        with torch.random.fork_rng(devices=[]):
+            built: Namespace = parser.instantiate_classes(parser.parse_object({"callback": item}))
     except Exception as error:  # the constructor's own errors too: all of them belong to this line
         raise _error(path, line, f"the callback cannot be built: {error}") from error
     return built.callback  # type: ignore[no-any-return]

@@ -91,9 +91,11 @@ def join_optimizer(trainer: Trainer, module: nn.Module) -> None:
     missing = [p for p in container.parameters() if p.requires_grad and id(p) not in known]
     if not missing:
         return
-    if len(trainer.optimizers) != 1:
+    # What Lightning puts in the place of a missing optimizer has no groups.
+    optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
+    if len(optimizers) != 1:
         raise MisconfigurationException(
-            f"The trainable helpers of {', '.join(container.keys())} are in none of the {len(trainer.optimizers)} "
+            f"The trainable helpers of {', '.join(container.keys())} are in none of the {len(optimizers)} "
             f"optimizers, and it is not clear which should train them: pass self.parameters() to one of them."
         )
-    trainer.optimizers[0].param_groups[-1]["params"].extend(missing)
+    optimizers[0].param_groups[-1]["params"].extend(missing)

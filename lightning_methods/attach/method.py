@@ -23,6 +23,9 @@ from lightning_methods.attach.ramp import Ramp
 from lightning_methods.attach.step import Step, TrainingStep, attached_step
 from lightning_methods.attach.teacher import Teacher
 
+#: Attributes that Lightning sets on every callback: methods of the module it fits.
+_OF_THE_RUN = ("log", "log_dict")
+
 
 class Method(Callback):
     """A training method that attaches to any LightningModule.
@@ -68,7 +71,7 @@ class Method(Callback):
         self.task_weight = task_weight
         self.log_terms = log  # `log` itself is an attribute that Lightning sets on every callback
         for term, weight in (*self.weights.items(), ("task", task_weight)):
-            if weight < 0:
+            if not weight >= 0:  # not a number either
                 raise ValueError(f"Expected the {term} weight of {name!r} to be at least 0, but got {weight}.")
         self.did_something = False
         self._open_epoch: int | None = None
@@ -198,10 +201,11 @@ class Method(Callback):
         if self.teacher is not None:
             asked = [where for where in flat(self.addresses().values()) if where.root == "teacher"]
             self.teacher.attach(module, trainer.strategy.root_device, asked)
-        # Submodules made in `configure_model` do not exist yet; those addresses are checked at `on_fit_start`.
-        if not overrides(module, "configure_model"):
+        # What the module makes in its `setup` or `configure_model` is not there yet: `on_fit_start` starts then.
+        if not (overrides(module, "setup") or overrides(module, "configure_model")):
             step.start()
-        if helpers := self._built_helpers():
+        # Parameters that no loss reaches stop DDP, so a method that is off brings none.
+        if self.active and (helpers := self._built_helpers()):
             helper_container.register(trainer, module, self.name, helpers)
 
     def _refuse(self, module: LightningModule) -> None:
@@ -231,14 +235,19 @@ class Method(Callback):
         if step is not None:
             helper_container.unregister(step.module, self.name)
             step.remove(self)
-        # Lightning gives every callback the module's `log`: copying the callback would copy the module.
-        for name in ("log", "log_dict"):
+        for name in _OF_THE_RUN:
             self.__dict__.pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made in mid-run is a method of its own: it takes neither the module nor its wrapper along.
+        own = {name: value for name, value in vars(self).items() if name not in _OF_THE_RUN}
+        return {**own, "_step": None}
 
     def __repr__(self) -> str:
         parts = []
+        settings = {**vars(self), "log": self.log_terms}
         for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = vars(self).get(name, self.weights.get(name.removesuffix("_weight"), parameter.default))
+            value = settings.get(name, self.weights.get(name.removesuffix("_weight"), parameter.default))
             if isinstance(value, (Address, Computed)) and isinstance(parameter.default, str):
                 value = value if str(value) != parameter.default else parameter.default
             if value is not parameter.default and value != parameter.default:

@@ -88,6 +88,7 @@ class Step:
     def __setitem__(self, where: AddressLike, value: Any) -> None:
         """Replaces `batch` by one with `value` at an address; the given batch is never mutated."""
         self.batch = self.written(self.batch, address(where), value)
+        self._clear_teachers()  # what they said was about another batch
 
     def read_from(self, where: AnyAddress, batch: Any) -> Any:
         """The value at an address, `batch...` addresses being read in the batch given."""
@@ -129,8 +130,12 @@ class Step:
     def clear(self) -> None:
         """Drops every recorded value."""
         self._recorder.clear()
+        self._clear_teachers()
+
+    def _clear_teachers(self) -> None:
         for teacher in self._asked:
             teacher.clear()
+        self._asked = []
 
 
 class TrainingStep:
@@ -138,7 +143,8 @@ class TrainingStep:
 
     One call: every method may rewrite the batch; the module's own step runs with captures live; every method
     returns its terms; they are weighted and added, and the output keeps the shape the module gave it. Outside
-    of training (a module may call its `training_step` from validation) it only passes on.
+    of training (a module may call its `training_step` from validation), and inside of a step (it may call it for
+    the parts of a batch), it only passes on.
 
     Args:
         trainer: The Trainer that fits the module.
@@ -151,10 +157,15 @@ class TrainingStep:
         self.original: Callable[..., Any] = module.training_step
         # Lightning reads the signature off `__wrapped__` to decide whether to pass `batch_idx`.
         self.__wrapped__ = getattr(self.original, "__wrapped__", self.original)
+        # and, if somebody wraps this wrapper in turn, compares the code of what it finds there.
+        self.__code__ = getattr(self.__wrapped__, "__code__", None)
         self.methods: list[Method] = []
         self.recorder = Recorder(module, ())
         self._instance_attribute = "training_step" in module.__dict__
+        self._rewriting: list[Method] = []
+        self._losing: list[Method] = []
         self._started = False
+        self._inside = False
         module.__dict__["training_step"] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -187,6 +198,7 @@ class TrainingStep:
         if self.methods:
             return
         self.recorder.remove()
+        self._rewriting, self._losing = [], []  # whoever has wrapped this wrapper may still call it
         if self.module.__dict__.get("training_step") is self:
             del self.module.__dict__["training_step"]
             if self._instance_attribute:
@@ -206,7 +218,7 @@ class TrainingStep:
         """One training step of the module, with every attached method."""
         if not self._started:
             self.start()
-        if not (self._rewriting or self._losing) or not self.trainer.training:
+        if self._inside or not (self._rewriting or self._losing) or not self.trainer.training:
             return self.original(*args, **kwargs)
         if kwargs:  # Lightning passes everything by position; a caller of its own may not
             args, kwargs = (*args, *kwargs.values()), {}
@@ -218,9 +230,11 @@ class TrainingStep:
             rest[0] if rest else self.trainer.fit_loop.batch_idx,
             self.recorder,
         )
+        self._inside = True
         try:
             for method in self._rewriting:
                 before = step.batch
+                step._teacher = method.teacher
                 with step.loss_context():
                     method.rewrite(step)
                 method.did_something |= step.batch is not before
@@ -233,6 +247,7 @@ class TrainingStep:
             hint = called_submodules(self.module, lambda: self.original(step.batch, *rest))
             raise NotCalledError(error.where, hint) from None
         finally:
+            self._inside = False
             step.clear()
 
     def _extended(self, step: Step) -> Any:
@@ -241,18 +256,28 @@ class TrainingStep:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):  # None skips the step; anything else is Lightning's to refuse
             return output
-        total: Tensor = loss
+        own: Tensor | None = loss
+        added: Tensor | None = None
         with step.loss_context():
             for method in self._losing:
                 step._teacher = method.teacher
                 terms = method.losses(step)
-                if terms:
-                    total = self._added(method, total, terms)
-        if total is loss:
+                if not terms:
+                    continue
+                weighted = self._weighted(method, terms)
+                if weighted is not None:
+                    added = weighted if added is None else added + weighted
+                    own = None if method.replaces_loss else own
+                if own is not None and method.task_weight != 1.0:
+                    own = own * method.task_weight
+        if own is not None:
+            added = own if added is None else own + added
+        if added is loss:
             return output
-        return with_key(output, "loss", total) if isinstance(output, Mapping) else total
+        return with_key(output, "loss", added) if isinstance(output, Mapping) else added
 
-    def _added(self, method: Method, total: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+    def _weighted(self, method: Method, terms: Mapping[str, Tensor]) -> Tensor | None:
+        """The weighted sum of a method's terms; None if every weight is 0 now."""
         method.did_something = True
         self._check(method, terms)
         factor = method.factor(self.trainer)
@@ -263,20 +288,16 @@ class TrainingStep:
                 continue
             weighted = term * weight if weighted is None else torch.add(weighted, term, alpha=weight)
         if method.log_terms and not self.trainer.barebones:
-            self._log(method, terms, total.new_zeros(()) if weighted is None else weighted, factor)
-        if method.task_weight != 1.0:
-            total = total * method.task_weight
-        if weighted is None:
-            return total
-        return weighted if method.replaces_loss else total + weighted
+            self._log(method, terms, weighted, factor)
+        return weighted
 
-    def _log(self, method: Method, terms: Mapping[str, Tensor], weighted: Tensor, factor: float | None) -> None:
+    def _log(self, method: Method, terms: Mapping[str, Tensor], weighted: Tensor | None, factor: float | None) -> None:
         every_step = method.log_terms == "epoch"
         # One `log` costs about as much as a whole small step, so none is spent on steps that nobody sees.
         if not every_step and not should_log(self.trainer):
             return
         values: dict[str, Tensor | float] = {f"{method.name}/{name}": term.detach() for name, term in terms.items()}
-        values[f"{method.name}/loss"] = weighted.detach()
+        values[f"{method.name}/loss"] = 0.0 if weighted is None else weighted.detach()
         if factor is not None:
             values[f"{method.name}/ramp"] = factor
         # A batch size of 1 keeps Lightning from searching the batch: an epoch value is the mean over steps.
@@ -298,4 +319,6 @@ class TrainingStep:
 def attached_step(trainer: Trainer, module: LightningModule) -> TrainingStep:
     """The wrapper that stands on `module`, put there if there is none yet."""
     current = module.__dict__.get("training_step")
-    return current if isinstance(current, TrainingStep) else TrainingStep(trainer, module)
+    if isinstance(current, TrainingStep) and current.trainer is trainer and current.methods:
+        return current
+    return TrainingStep(trainer, module)

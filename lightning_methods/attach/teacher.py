@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +98,13 @@ class Teacher:
         """Checks the network against the student, moves it and hooks what `addresses` read."""
         network = self.network
         self._refuse_student(student, network)
-        self._before = [(module, module.training) for module in network.modules()]
-        self._home = next((parameter.device for parameter in network.parameters()), None)
-        network.to(device)
-        self._recorder = Recorder(network, [Address("teacher"), *addresses], patch_root=False)
+        if self._recorder is None:  # else another method has this teacher too
+            self._before = [(module, module.training) for module in network.modules()]
+            self._home = next((parameter.device for parameter in network.parameters()), None)
+            network.to(device)
+            self._recorder = Recorder(network, [Address("teacher")], patch_root=False)
+        for where in addresses:
+            self._recorder.add(where)
 
     def detach(self) -> None:
         """Leaves the network as it was found: no hook, its own train/eval modes and device."""
@@ -208,7 +212,7 @@ def _timm(name: str, weights: dict[str, Tensor] | None) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name}*")[:5])
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
         raise ValueError(f"`teacher`: timm has no model {name!r}.{f' It has {near}.' if near else ''}")
     if weights is None:
         return timm.create_model(name, pretrained=True)
