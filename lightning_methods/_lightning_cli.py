@@ -6,16 +6,16 @@ The choice is that of `lightning_methods.attach._lightning`, and is made when th
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING
+
+from lightning_methods.attach._lightning import package
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
     from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
     from pytorch_lightning.cli import LightningCLI
 else:
-    _other = "lightning.pytorch" in sys.modules and "pytorch_lightning" not in sys.modules
-    _package = importlib.import_module("lightning.pytorch" if _other else "pytorch_lightning")
+    _package = package()
     Trainer = _package.Trainer
     Checkpoint = _package.callbacks.Checkpoint
     ModelSummary = _package.callbacks.ModelSummary

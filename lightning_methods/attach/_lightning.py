@@ -13,6 +13,17 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union
 
+
+def _packages() -> list[ModuleType]:
+    names = [name for name in ("pytorch_lightning", "lightning.pytorch") if name in sys.modules]
+    return [importlib.import_module(name) for name in names or ["pytorch_lightning"]]
+
+
+def package() -> Any:
+    """The package that is in use; `pytorch_lightning` where both are."""
+    return _packages()[0]
+
+
 if TYPE_CHECKING:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -20,10 +31,6 @@ if TYPE_CHECKING:
     #: What a YAML reader should accept as a callback: either package's class.
     CallbackType = Callback
 else:
-
-    def _packages() -> list[ModuleType]:
-        names = [name for name in ("pytorch_lightning", "lightning.pytorch") if name in sys.modules]
-        return [importlib.import_module(name) for name in names or ["pytorch_lightning"]]
 
     def _class(name: str) -> type:
         bases = tuple(getattr(package, name) for package in _packages())
@@ -33,7 +40,7 @@ else:
     CallbackType = Union[tuple(package.Callback for package in _packages())]  # noqa: UP007  # as many members as packages
     LightningDataModule = _class("LightningDataModule")
     MisconfigurationException = importlib.import_module(
-        f"{_packages()[0].__name__}.utilities.exceptions"
+        f"{package().__name__}.utilities.exceptions"
     ).MisconfigurationException
     # Names for annotations only: never test with isinstance against one package's class.
     LightningModule = Any
@@ -61,5 +68,6 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "overrides",
+    "package",
     "should_log",
 ]
