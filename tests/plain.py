@@ -1,4 +1,6 @@
-"""The smallest LightningModule, its data, a quiet `fit`, and two methods to attach: what the engine's tests share."""
+"""What the engine's tests share: the smallest LightningModule, its data, a quiet `fit`, methods to attach, and the
+same written by hand into the module's step.
+"""
 
 import copy
 import warnings
@@ -9,7 +11,7 @@ from lightning_fabric.utilities.warnings import PossibleUserWarning
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from torch import nn
 
-from lightning_methods.attach import Method, address
+from lightning_methods.attach import Method, Teacher, address
 
 IN, CLASSES, ROWS = 4, 3, 6
 
@@ -54,6 +56,9 @@ def pairs(count=3):
         (torch.randn(ROWS, IN, generator=generator), torch.randint(CLASSES, (ROWS,), generator=generator))
         for _ in range(count)
     ]
+
+
+ONE = pairs(1)
 
 
 def trainer(*callbacks, **arguments):
@@ -128,6 +133,13 @@ class Probe(Method):
         return {}
 
 
+def seen(module, *addresses, batches=ONE, **arguments):
+    """What addresses give in the last step."""
+    probe = Probe(*addresses)
+    fit(module, probe, batches=batches, **arguments)
+    return probe.seen[-1]
+
+
 class Penalty(Method):
     """Adds half the squared length of all the weights of `net`: every step has it, and it is easy to write by hand."""
 
@@ -140,3 +152,71 @@ class Penalty(Method):
 
 def penalty(module):
     return sum(p.square().sum() for p in module.net.parameters()) / 2
+
+
+class ByHand(Plain):
+    """What `Plain` with `Penalty(weight)` should do, written into the step."""
+
+    def __init__(self, weight=1.0, task_weight=1.0):
+        super().__init__()
+        self.weight, self.task_weight = weight, task_weight
+
+    def training_step(self, batch, batch_idx):
+        return self.task_weight * super().training_step(batch, batch_idx) + self.weight * penalty(self)
+
+
+class CallsForward(Plain):
+    """Calls its `forward` by name, which runs no hook."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.forward(x), y)
+
+
+def assert_close(module, expected):
+    """Two modules have the same weights, up to the order of float additions."""
+    torch.testing.assert_close(weights(module), weights(expected))
+
+
+def network(seed=5):
+    """A network to teach with."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(IN, 7), nn.ReLU(), nn.Linear(7, CLASSES))
+
+
+class Taught(Method):
+    """Squared distance between the logits of the module and of its teacher; keeps what further addresses give."""
+
+    def __init__(self, source, *addresses, name="taught", logits="teacher", **arguments):
+        super().__init__(name=name)
+        self.teacher = Teacher(source, **arguments)
+        self.student, self.logits = address("module"), address(logits)
+        self.asked = [address(where) for where in addresses]
+        self.seen = []
+
+    def losses(self, step):
+        self.seen.append([step[where] for where in self.asked])
+        return {"mse": F.mse_loss(step[self.student], step[self.logits].to(step[self.student].dtype))}
+
+
+class TaughtByHand(Plain):
+    """The same written into the module."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.others = [teacher.eval()]  # a list keeps it out of the module
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self(x)
+        with torch.no_grad():
+            target = self.others[0](x)
+        return F.cross_entropy(logits, y) + F.mse_loss(logits, target)
+
+
+def assert_taught(module, teacher=None, **arguments):
+    """A module has the weights that the default fit gives under a teacher, `network()` by default."""
+    by_hand = TaughtByHand(network() if teacher is None else copy.deepcopy(teacher))
+    fit(by_hand, **arguments)
+    assert_close(module, by_hand)

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -51,10 +50,6 @@ def register(trainer: Trainer, module: LightningModule, name: str, helpers: Mapp
                     name,
                     copy.deepcopy(nn.ModuleDict(dict(helpers))).to(value.n_averaged.device),
                 )
-
-
-def _device(average: AveragedModel) -> torch.device:
-    return next(average.parameters()).device
 
 
 def _add(module: nn.Module, name: str, helpers: nn.ModuleDict) -> None:

@@ -44,7 +44,7 @@ class Method(Callback):
             costs a `log` call every step), `False` never.
 
     Raises:
-        ValueError: If a weight is negative.
+        ValueError: If a weight is negative, or `name` is empty or has a dot.
     """
 
     #: The terms replace the module's loss instead of adding to it.
@@ -65,6 +65,8 @@ class Method(Callback):
         task_weight: float = 1.0,
         log: bool | Literal["epoch"] = True,
     ) -> None:
+        if not name or "." in name:
+            raise ValueError(f"Expected `name` to be a word without dots, but got {name!r}.")
         self.name = name
         self.weights = dict(weights or {})
         self.ramp = ramp
@@ -78,6 +80,7 @@ class Method(Callback):
         self._ramp: Ramp | None = None
         self._step: TrainingStep | None = None
         self._helpers: Mapping[str, nn.Module] | None = None
+        self.helper_parameters: list[nn.Parameter] = []
 
     # What an author writes
 
@@ -136,11 +139,9 @@ class Method(Callback):
         """Called before the optimizers are made: attaches, checks addresses, registers helpers."""
         if stage != "fit":
             return
-        try:
-            self._attach(trainer, pl_module)
-        except BaseException:
-            self._detach()
-            raise
+        # An error in here needs no care: Lightning then calls `on_exception`.
+        self._open_epoch = None  # of a run that was broken off; a restored one is loaded after this
+        self._attach(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the optimizers exist, before their state is restored: brings the helpers in."""
@@ -207,6 +208,8 @@ class Method(Callback):
         # Parameters that no loss reaches stop DDP, so a method that is off brings none.
         if self.active and (helpers := self._built_helpers()):
             helper_container.register(trainer, module, self.name, helpers)
+            trained = (p for helper in helpers.values() for p in helper.parameters() if p.requires_grad)
+            self.helper_parameters = list(trained)
 
     def _refuse(self, module: LightningModule) -> None:
         if not module.automatic_optimization:
@@ -234,6 +237,7 @@ class Method(Callback):
             self.teacher.detach()
         if step is not None:
             helper_container.unregister(step.module, self.name)
+            self.helper_parameters = []
             step.remove(self)
         for name in _OF_THE_RUN:
             self.__dict__.pop(name, None)
@@ -246,6 +250,12 @@ class Method(Callback):
     def __repr__(self) -> str:
         parts = []
         settings = {**vars(self), "log": self.log_terms}
+        if self.teacher is not None:
+            given = vars(self.teacher)
+            settings |= {"inputs": given["inputs"]}
+            settings |= {f"teacher_{name}": given[name] for name in ("checkpoint", "key", "transform")}
+        if self.ramp is not None and self.ramp.unit == "epoch":
+            settings["warmup_epochs"] = self.ramp.length
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = settings.get(name, self.weights.get(name.removesuffix("_weight"), parameter.default))
             if isinstance(value, (Address, Computed)) and isinstance(parameter.default, str):

@@ -262,14 +262,14 @@ class TrainingStep:
             for method in self._losing:
                 step._teacher = method.teacher
                 terms = method.losses(step)
-                if not terms:
-                    continue
-                weighted = self._weighted(method, terms)
-                if weighted is not None:
-                    added = weighted if added is None else added + weighted
-                    own = None if method.replaces_loss else own
-                if own is not None and method.task_weight != 1.0:
+                weighted = self._weighted(method, terms) if terms else None
+                if weighted is not None and method.replaces_loss:
+                    own = None
+                if terms and own is not None and method.task_weight != 1.0:
                     own = own * method.task_weight
+                for part in (weighted, self._idle_helpers(method, terms)):
+                    if part is not None:
+                        added = part if added is None else added + part
         if own is not None:
             added = own if added is None else own + added
         if added is loss:
@@ -290,6 +290,14 @@ class TrainingStep:
         if method.log_terms and not self.trainer.barebones:
             self._log(method, terms, weighted, factor)
         return weighted
+
+    def _idle_helpers(self, method: Method, terms: Mapping[str, Tensor]) -> Tensor | None:
+        """0 times the helpers where a term is left out: DDP stops at parameters that the loss does not reach."""
+        if not method.helper_parameters:
+            return None
+        if terms and method.factor(self.trainer) != 0.0 and all(method.weights.get(name, 1.0) for name in terms):
+            return None
+        return torch.stack([(parameter * 0.0).sum().float() for parameter in method.helper_parameters]).sum()
 
     def _log(self, method: Method, terms: Mapping[str, Tensor], weighted: Tensor | None, factor: float | None) -> None:
         every_step = method.log_terms == "epoch"

@@ -9,7 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import CLASSES, Batches, Penalty, Plain, fit, fitted_trace, pairs, same, trace, trainer, weights
+from plain import (
+    CLASSES,
+    Batches,
+    Penalty,
+    Plain,
+    fit,
+    fitted_trace,
+    pairs,
+    same,
+    trace,
+    trainer,
+    weights,
+)
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateFinder
 from torch import nn

@@ -1,50 +1,31 @@
-"""A method through the life of a run: setup, training, validation, logging, errors, copies, and other callbacks."""
+"""A method through the life of a run: what is refused, exceptions, second fits, validation, modules made late."""
 
-import contextlib
 import copy
-import csv
 import functools
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from plain import (
     CLASSES,
+    ONE,
     Batches,
+    ByHand,
     Penalty,
     Plain,
     Probe,
+    assert_close,
     fit,
     fitted_trace,
     pairs,
-    penalty,
     same,
     trace,
     trainer,
-    weights,
 )
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateFinder, WeightAveraging
-from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.tuner import Tuner
 from torch import nn
 
-from lightning_methods.attach import AddressError, Method, Ramp, Teacher, address, computed
-
-ONE = pairs(1)
-
-
-class ByHand(Plain):
-    """What `Plain` with `Penalty()` should do, written into the step."""
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) + penalty(self)
-
-
-def assert_close(module, expected):
-    torch.testing.assert_close(weights(module), weights(expected))
-
+from lightning_methods.attach import AddressError
 
 # --- what is refused -------------------------------------------------------------------------------
 
@@ -244,13 +225,24 @@ def test_another_wrapper_around_the_step(first):
         assert len(probe.seen) == 3 * rounds
         assert_close(module, by_hand)
     # Whatever order the others undo their work in: without a method the step is the module's own.
-    fit(module)
-    fit(reference := Plain())
     count = len(probe.seen)
     module.load_state_dict(Plain().state_dict())
     fit(module)
+    fit(reference := Plain())
     assert same(module, reference)
     assert len(probe.seen) == count
+
+
+def test_a_wrapper_that_others_put_back_is_idle_in_the_same_trainer():
+    module, probe = Plain(), Probe("module")
+    run = fit(module, Penalty(), probe, Wraps())
+    run.callbacks.clear()
+    run.fit_loop.max_epochs = 2
+    module.load_state_dict(Plain().state_dict())
+    run.fit(module, Batches(pairs()))
+    fit(reference := Plain())
+    assert same(module, reference)
+    assert len(probe.seen) == 3
 
 
 # --- training only ---------------------------------------------------------------------------------
@@ -357,338 +349,3 @@ def test_their_wrong_addresses_fail_before_the_first_step(cls):
         fit(module, Penalty(), Probe("module.net.3"))
     assert "training_step" not in vars(module)
     fit(module, Penalty(), Probe("module.net.2"))
-
-
-# --- logging ---------------------------------------------------------------------------------------
-
-
-class TwoTerms(Method):
-    def __init__(self, name="two", **arguments):
-        super().__init__(name=name, weights={"b": 0.5}, **arguments)
-
-    def losses(self, step):
-        term = penalty(step.module)
-        return {"a": term, "b": term * 2}
-
-
-def rows(folder, module, *methods, **arguments):
-    """What the CSV logger wrote, without empty cells."""
-    logger = CSVLogger(folder, name="", version="")
-    fit(module, *methods, logger=logger, **arguments)
-    path = folder / "metrics.csv"
-    with path.open() if path.exists() else contextlib.nullcontext([]) as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def named(row, prefix="two"):
-    return {key: value for key, value in row.items() if key.startswith(f"{prefix}/")}
-
-
-def test_raw_terms_their_weighted_sum_and_the_ramp_are_logged(tmp_path):
-    module = Plain()
-    value = penalty(module).item()
-    found = rows(tmp_path, module, TwoTerms(ramp=Ramp(4)), batches=ONE)
-    assert len(found) == 1
-    expected = {"two/a": value, "two/b": 2 * value, "two/loss": 0.25 * (value + 0.5 * 2 * value), "two/ramp": 0.25}
-    assert named(found[0]) == pytest.approx(expected)
-
-
-def test_a_silent_ramp_logs_a_loss_of_0(tmp_path):
-    found = rows(tmp_path, Plain(), TwoTerms(ramp=Ramp(1, start=1)), batches=ONE)
-    assert named(found[0])["two/loss"] == 0
-    assert named(found[0])["two/a"] > 0
-
-
-class CountsLogs(Plain):
-    def __init__(self):
-        super().__init__()
-        self.logs = []
-
-    def log_dict(self, values, *args, **kwargs):
-        self.logs.append((self.trainer.global_step, list(values)))
-        super().log_dict(values, *args, **kwargs)
-
-
-def test_nothing_is_logged_on_steps_that_the_trainer_does_not_log(tmp_path):
-    module = CountsLogs()
-    found = rows(tmp_path, module, TwoTerms(), batches=pairs(6), log_every_n_steps=3)
-    assert [step for step, _ in module.logs] == [2, 5]
-    assert [row["step"] for row in found if named(row)] == [2, 5]
-    assert all(set(named(row)) == {"two/a", "two/b", "two/loss"} for row in found if named(row))
-
-
-def test_log_false_logs_nothing(tmp_path):
-    module = CountsLogs()
-    found = rows(tmp_path, module, TwoTerms(log=False))
-    assert not module.logs
-    assert not any(map(named, found))
-
-
-def test_log_epoch_adds_the_mean_over_steps(tmp_path):
-    class Three(Method):
-        def losses(self, step):
-            return {"x": 0 * penalty(step.module) + step.index}
-
-    # The last batch has other than the others' size: every step counts the same.
-    batches = [*pairs(2), tuple(part[:1] for part in pairs(1)[0])]
-    found = rows(tmp_path, Plain(), Three(name="two", log="epoch"), batches=batches, log_every_n_steps=2)
-    steps = [row["two/x_step"] for row in found if "two/x_step" in row]
-    epochs = [(row["two/x_epoch"], row["two/loss_epoch"]) for row in found if "two/x_epoch" in row]
-    assert steps == [1.0]
-    assert epochs == [(1.0, 1.0)]
-
-
-def test_one_methods_epoch_values_are_not_the_others_business(tmp_path):
-    alone = rows(tmp_path / "a", Plain(), TwoTerms())
-    beside = rows(tmp_path / "b", Plain(), TwoTerms(), Penalty(0.0001, log="epoch"))
-    assert [sorted(named(row)) for row in alone] == [sorted(named(row)) for row in beside if named(row)]
-    assert {"penalty/l2_step", "penalty/l2_epoch"} <= set().union(*beside)
-
-
-def test_nothing_is_logged_for_a_barebones_trainer():
-    module = CountsLogs()
-    arguments = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"))
-    fit(module, TwoTerms(log="epoch"), barebones=True, log_every_n_steps=None, num_sanity_val_steps=None, **arguments)
-    assert not module.logs
-
-
-# --- warnings --------------------------------------------------------------------------------------
-
-
-class Idle(Method):
-    """Does something in its second epoch only."""
-
-    def __init__(self, kind):
-        super().__init__(name="idle")
-        self.kind = kind
-
-    @property
-    def rewrites(self):
-        return self.kind == "rewrite"
-
-    def rewrite(self, step):
-        if step.epoch == 1:
-            step["batch.0"] = step["batch.0"] * 1
-
-    @property
-    def adds_losses(self):
-        return self.kind == "losses"
-
-    def losses(self, step):
-        return {"x": penalty(step.module)} if step.epoch == 1 else {}
-
-
-@pytest.mark.parametrize("kind", ["rewrite", "losses"])
-def test_a_method_that_did_nothing_in_an_epoch_says_so(kind, recwarn):
-    fit(Plain(), Idle(kind), Penalty(), max_epochs=3)
-    about = [str(warning.message) for warning in recwarn if "did nothing" in str(warning.message)]
-    assert [text.partition("in ")[2] for text in about] == [
-        "epoch 0: it neither changed a batch nor gave a term.",
-        "epoch 2: it neither changed a batch nor gave a term.",
-    ]
-    assert all(text.startswith("Idle(") for text in about)
-
-
-# --- names and copies ------------------------------------------------------------------------------
-
-
-def test_state_keys_tell_instances_apart_and_do_not_hang_on_settings():
-    assert Penalty().state_key == Penalty(0.5).state_key
-    assert len({Penalty().state_key, Penalty(name="b").state_key, TwoTerms(name="penalty").state_key}) == 3
-
-
-class Everything(Method):
-    """Has an argument of every kind."""
-
-    def __init__(
-        self,
-        teacher=None,
-        *,
-        image="batch.0",
-        logits="module",
-        pull_weight=1.0,
-        push_weight=0.5,
-        ramp=None,
-        task_weight=1.0,
-        log=True,
-        name="everything",
-    ):
-        super().__init__(
-            name=name,
-            weights={"pull": pull_weight, "push": push_weight},
-            ramp=ramp,
-            task_weight=task_weight,
-            log=log,
-        )
-        self.teacher = None if teacher is None else Teacher(teacher)
-        self.image, self.logits = address(image), address(logits)
-
-    def losses(self, step):
-        self.during = repr(self)
-        return {"pull": penalty(step.module), "push": penalty(step.module)}
-
-
-def bias(step):
-    return step.module.net[0].bias
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({}, "Everything()"),
-        ({"teacher": nn.Linear(4, 3)}, "Everything(teacher=Linear(...))"),
-        ({"teacher": "timm:resnet10t"}, "Everything(teacher='timm:resnet10t')"),
-        ({"image": "batch.image"}, "Everything(image='batch.image')"),
-        ({"image": "batch.0"}, "Everything()"),
-        ({"logits": computed(bias, "module.net")}, "Everything(logits=<bias>)"),
-        ({"pull_weight": 0.3}, "Everything(pull_weight=0.3)"),
-        ({"pull_weight": 1.0, "push_weight": 1.0}, "Everything(push_weight=1.0)"),
-        ({"ramp": Ramp(3)}, "Everything(ramp=Ramp(length=3, start=0, unit='epoch'))"),
-        ({"task_weight": 0.0, "log": False, "name": "b"}, "Everything(task_weight=0.0, log=False, name='b')"),
-        ({"log": "epoch"}, "Everything(log='epoch')"),
-    ],
-)
-def test_repr_reads_like_the_constructor_call_with_what_is_not_default(arguments, text):
-    assert repr(Everything(**arguments)) == text
-
-
-def test_repr_is_the_same_during_a_fit():
-    method = Everything(log="epoch", pull_weight=0.3)
-    before = repr(method)
-    fit(Plain(), method)
-    assert method.during == before
-    assert repr(method) == before
-
-
-def test_methods_are_copied_and_pickled_with_their_settings():
-    method = Everything(image="batch.image", pull_weight=0.3, ramp=Ramp(3))
-    for other in (copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
-        assert repr(other) == repr(method)
-        assert other.addresses() == method.addresses()
-        assert other.weights == method.weights
-
-
-@pytest.mark.parametrize("when", ["on_train_start", "on_train_batch_end", "on_fit_end"])
-def test_a_copy_made_during_a_fit_leaves_the_module_behind_and_works(when):
-    copies = []
-
-    class Copies(Callback):
-        pass
-
-    method = TwoTerms()
-    setattr(Copies, when, lambda self, *args: copies.append((copy.deepcopy(method), pickle.dumps(method))))
-    fit(Plain(), method, Copies(), batches=ONE)
-    copied, text = copies[0]
-    assert b"plain" not in text.replace(b"plain.Penalty", b""), "the pickle holds the module"
-    for other in (copied, pickle.loads(text)):
-        attached, reference = Plain(), Plain()
-        fit(attached, other)
-        fit(reference, TwoTerms())
-        assert same(attached, reference)
-
-
-# --- with the rest of Lightning --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("clip", [{}, {"gradient_clip_val": 0.01}, {"gradient_clip_val": 0.01,
-                                                                   "gradient_clip_algorithm": "value"}])  # fmt: skip
-def test_accumulation_and_clipping(clip):
-    module, by_hand = Plain(), ByHand()
-    for one, methods in ((module, [Penalty()]), (by_hand, [])):
-        run = fit(one, *methods, batches=pairs(4), accumulate_grad_batches=2, **clip)
-        assert run.global_step == 2
-    assert_close(module, by_hand)
-    assert not same(module, Plain())
-
-
-@pytest.mark.parametrize("averaging", [functools.partial(EMAWeightAveraging, decay=0.5), WeightAveraging])
-@pytest.mark.parametrize("first", [True, False])
-def test_weight_averaging_on_either_side(averaging, first):
-    module, by_hand = Plain(), ByHand()
-    probe = Probe("module", "module.net.0")
-    fit(module, *([averaging(), Penalty(), probe] if first else [Penalty(), probe, averaging()]), max_epochs=2)
-    fit(by_hand, averaging(), max_epochs=2)
-    assert_close(module, by_hand)
-    fit(plain := ByHand(), max_epochs=2)
-    assert not same(module, plain), "nothing was averaged"
-    assert len(probe.seen) == 6
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_learning_rate_finder_before_a_fit(tmp_path):
-    class HasRate(Plain):
-        lr = 0.1
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=self.lr)
-
-    module, method = HasRate(), Penalty()
-    before = weights(module)
-    run = trainer(method, default_root_dir=tmp_path, max_epochs=2)
-    Tuner(run).lr_find(module, Batches(pairs(8)), num_training=5, update_attr=False)
-    assert same(weights(module), before)
-    assert "training_step" not in vars(module)
-    by_hand = ByHand()
-    run.fit(module, Batches(pairs()))
-    fit(by_hand, max_epochs=2)
-    assert_close(module, by_hand)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("first", [True, False])
-def test_the_learning_rate_finder_as_a_callback(tmp_path, first):
-    module, by_hand, probe = Plain(), ByHand(), Probe("module")
-    for one, methods in ((module, [Penalty(), probe]), (by_hand, [])):
-        one.lr = 0.1
-        finder = LearningRateFinder(num_training_steps=4, update_attr=False)
-        fit(
-            one,
-            *([finder, *methods] if first else [*methods, finder]),
-            batches=pairs(5),
-            max_epochs=2,
-            default_root_dir=tmp_path,
-        )
-    assert_close(module, by_hand)
-    assert len(probe.seen) >= 10
-
-
-def test_autocast_is_off_for_terms_and_on_for_a_methods_own_forward():
-    class Looks(Method):
-        def rewrite(self, step):
-            seen.append(("rewrite", torch.is_autocast_enabled("cpu")))
-
-        def losses(self, step):
-            seen.append(("losses", torch.is_autocast_enabled("cpu")))
-            with step.forward_context():
-                seen.append(("forward", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
-                own = step.module.net(step.batch[0])
-            with step.loss_context():
-                seen.append(("again", torch.is_autocast_enabled("cpu")))
-            seen.append((step["module"].dtype, own.dtype, (step.batch[0] @ step.batch[0].T).dtype))
-            return {"x": own.float().square().mean()}
-
-        def __init__(self):
-            super().__init__(name="looks")
-            self.asked = address("module")
-
-    seen = []
-    bf16, single = torch.bfloat16, torch.float32
-    fit(Plain(), Looks(), batches=ONE, precision="bf16-mixed")
-    assert seen == [
-        ("rewrite", False),
-        ("losses", False),
-        ("forward", True, bf16),
-        ("again", False),
-        (bf16, bf16, single),
-    ]
-    seen.clear()
-    fit(Plain(), Looks(), batches=ONE)
-    assert seen[2][:2] == ("forward", False)
-    assert seen[-1] == (single, single, single)
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
-def test_true_precision_reaches_the_terms(precision, dtype):
-    probe = Probe("module", "batch.0", lambda step: step.output)
-    fit(Plain(), Penalty(), probe, batches=ONE, precision=precision)
-    assert [value.dtype for value in probe.seen[0]] == [dtype] * 3
