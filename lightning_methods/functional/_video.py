@@ -80,18 +80,18 @@ def still_frame(videos: Tensor, frame_index: int | Tensor, layout: Layout) -> Te
     """One frame of each clip, with a time dimension of 1; `frame_index` is an int, (B,) or, with clips, (B, N)."""
     time = layout.index("t")
     length = videos.shape[time]
-    if isinstance(frame_index, Tensor):
-        check_integer("frame_index", frame_index)
-        clips = videos.shape[: layout.index("c")] if layout == "bncthw" else videos.shape[:1]
-        if frame_index.shape not in (clips, clips[:1]):
-            raise ValueError(f"`frame_index` must have shape {tuple(clips)}, got {tuple(frame_index.shape)}")
-        index = frame_index.long().reshape(*frame_index.shape, *[1] * (videos.ndim - frame_index.ndim))
-    else:
+    if not isinstance(frame_index, Tensor):
         if not 0 <= frame_index < length:
             raise ValueError(f"`frame_index` must lie in [0, {length}), got {frame_index}")
         return videos.narrow(time, frame_index, 1)
+    check_integer("frame_index", frame_index)
+    clips = videos.shape[: len(layout) - 4]
+    if frame_index.shape not in (clips, clips[:1]):
+        raise ValueError(f"`frame_index` must have shape {tuple(clips)}, got {tuple(frame_index.shape)}")
+    index = frame_index.long().reshape(*frame_index.shape, *[1] * (videos.ndim - frame_index.ndim))
+    shape = [1 if dim == time else size for dim, size in enumerate(videos.shape)]
     try:
-        return torch.take_along_dim(videos, index, time)
+        return videos.gather(time, index.expand(shape))
     except RuntimeError:
         low, high = int(frame_index.min()), int(frame_index.max())
         if low >= 0 and high < length:

@@ -254,8 +254,9 @@ def actor_cutmix(
     $\tilde x_i = m_i x_i + (1 - m_i)(1 - m_j) x_j$ with j = B − 1 − i: black where the partner's actors were. Targets
     $w_i y_i + (1 - w_i) y_j$ with $w_i = 1 - (1 - \rho_i)^4$ and ρ the share of the mask.
 
-    A sample whose mask is empty or full, and the middle one of an odd batch, counts as all foreground: it stays
-    untouched, and as a partner it gives a black background, while its label keeps its share.
+    A sample whose mask is empty counts as all foreground, like one whose mask is full: it stays untouched, and as a
+    partner it gives a black background, while its label keeps its share. The middle sample of an odd batch is its own
+    partner and stays untouched too.
 
     Args:
         videos: x, floating, of shape `layout`.
@@ -283,11 +284,10 @@ def actor_cutmix(
     targets = soft_targets(targets, num_classes, videos)
     actor = broadcast_masks(masks, videos, layout)
     flat = masks.flatten(1)
-    place = torch.arange(len(videos), device=videos.device)
-    invalid = ~flat.any(1) | flat.all(1) | (place == place.flip(0))
-    actor = actor | per_sample(invalid, videos)
+    empty = ~flat.any(1)
+    actor = actor | per_sample(empty, videos)
     background = videos.flip(0).masked_fill(actor.flip(0), 0.0)
-    share = flat.to(targets.dtype).mean(1).masked_fill(invalid, 1.0)
+    share = flat.to(targets.dtype).mean(1).masked_fill(empty, 1.0)
     keep = actor if apply is None else actor | per_sample(~apply, videos)
     return Mixed(
         torch.where(keep, videos, background),
