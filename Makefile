@@ -23,7 +23,9 @@ docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --strict
 
 bench: .venv/dev.stamp
-	set -e; for file in benchmarks/[!_]*.py; do $(BIN)/python $$file; done
+	mkdir -p benchmarks/results
+	set -e; for file in benchmarks/[!_]*.py; do \
+		$(BIN)/python $$file --json benchmarks/results/$$(basename $$file .py).json; done
 
 clean:
 	rm -rf .venv site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

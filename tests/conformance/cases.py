@@ -7,6 +7,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_methods.attach import Method, Step, address
 from lightning_methods.callbacks import IKLDistillation
 from lightning_methods.testing import Case
 
@@ -43,3 +44,29 @@ CASES = {
     "IKLDistillation-gkl": lambda: ikl(variant="gkl", gamma=0.5, class_wise=False),
     "IKLDistillation-dkl": lambda: ikl(variant="dkl", student_logits="module.net"),
 }
+
+#: Arguments for each exported callback as a YAML file would give them, other than the defaults.
+YAML = {
+    "IKLDistillation": {
+        "teacher": {"class_path": "torch.nn.Linear", "init_args": {"in_features": 6, "out_features": 5}},
+        "inputs": "batch.image",
+        "target": "batch.targets.label",
+        "student_logits": "module.net:0",
+        "variant": "gkl",
+        "gamma": 0.5,
+        "wmse_weight": 4.0,
+        "warmup_epochs": 3.0,
+        "log": "epoch",
+    },
+}
+
+
+class Penalty(Method):
+    """The smallest method: an L2 penalty on what the module returns."""
+
+    def __init__(self) -> None:
+        super().__init__(name="penalty", weights={"square": 0.1})
+        self.values = address("module")
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        return {"square": step[self.values].square().mean()}
