@@ -3,12 +3,13 @@ same written by hand into the module's step.
 """
 
 import copy
+import functools
 import warnings
 
 import torch
 import torch.nn.functional as F
 from lightning_fabric.utilities.warnings import PossibleUserWarning
-from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 
 from lightning_methods.attach import Method, Teacher, address
@@ -220,3 +221,32 @@ def assert_taught(module, teacher=None, **arguments):
     by_hand = TaughtByHand(network() if teacher is None else copy.deepcopy(teacher))
     fit(by_hand, **arguments)
     assert_close(module, by_hand)
+
+
+class Spy(Callback):
+    """Keeps what the wrapped step returns, before Lightning unpacks it."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.step, self.returned = vars(pl_module).get("training_step"), []
+        wrapped = pl_module.training_step
+
+        @functools.wraps(wrapped)
+        def spied(*args):
+            self.returned.append(wrapped(*args))
+            return self.returned[-1]
+
+        pl_module.training_step = spied
+
+    def on_train_end(self, trainer, pl_module):
+        del vars(pl_module)["training_step"]
+        if self.step is not None:
+            vars(pl_module)["training_step"] = self.step
+
+
+def returned(module, *methods):
+    """What the step gives back, and the same without methods."""
+    spies = []
+    for attached in ((), methods):
+        spies.append(Spy())
+        fit(module(), *attached, spies[-1], batches=ONE)
+    return spies[1].returned[0], spies[0].returned[0]

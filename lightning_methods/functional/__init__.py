@@ -1,4 +1,4 @@
-"""The methods' mathematics as pure functions on tensors; needs torch only."""
+"""The methods' mathematics as pure functions on tensors; importing it needs torch only."""
 
 from lightning_methods.functional.class_probs import accumulate_class_probs, normalize_class_probs
 from lightning_methods.functional.eqsim import (

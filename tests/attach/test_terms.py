@@ -1,54 +1,21 @@
 """The terms that methods return: weights, ramps, and what is no term."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from plain import (
-    ONE,
     ByHand,
     Penalty,
     Plain,
     Probe,
+    Spy,
     assert_close,
     fit,
     penalty,
     same,
 )
-from pytorch_lightning import Callback
 
 from lightning_methods.attach import Method
-
-
-class Spy(Callback):
-    """Keeps what the wrapped step returns, before Lightning unpacks it."""
-
-    def on_train_start(self, trainer, pl_module):
-        self.step, self.returned = vars(pl_module).get("training_step"), []
-        wrapped = pl_module.training_step
-
-        @functools.wraps(wrapped)
-        def spied(*args):
-            self.returned.append(wrapped(*args))
-            return self.returned[-1]
-
-        pl_module.training_step = spied
-
-    def on_train_end(self, trainer, pl_module):
-        del vars(pl_module)["training_step"]
-        if self.step is not None:
-            vars(pl_module)["training_step"] = self.step
-
-
-def returned(module, *methods):
-    """What the step gives back, and the same without methods."""
-    spies = []
-    for attached in ((), methods):
-        spies.append(Spy())
-        fit(module(), *attached, spies[-1], batches=ONE)
-    return spies[1].returned[0], spies[0].returned[0]
-
 
 # --- weights ---------------------------------------------------------------------------------------
 

@@ -208,7 +208,7 @@ class TestDraw:
         assert first.equal(stillmix(videos, bank[draw.indices], draw.lam, draw.apply))
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     def test_on_a_gpu(self):
         videos, frames = (x.cuda() for x in clips("bcthw"))
         sample_stillmix(3, 10, device="cuda")
