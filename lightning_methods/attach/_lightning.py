@@ -47,9 +47,17 @@ else:
     Trainer = Any
 
 
+def is_training(trainer: Trainer) -> bool:
+    """`trainer.training`, without its comparison of lower-cased strings: this is asked in every step."""
+    stage = trainer.state.stage
+    return stage is not None and stage is type(stage).TRAINING
+
+
 def should_log(trainer: Trainer) -> bool:
-    """Whether the trainer sends this step's values to its loggers; a `log` call on other steps is wasted."""
-    return trainer._logger_connector.should_update_logs
+    """Whether the trainer sends this training step's values to its loggers; a `log` on other steps is wasted."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+    steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped + 1  # this one included
+    return every > 0 and (steps % every == 0 or trainer.should_stop)
 
 
 def overrides(module: LightningModule, hook: str) -> bool:
@@ -67,6 +75,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "is_training",
     "overrides",
     "package",
     "should_log",

@@ -14,6 +14,7 @@ from lightning_methods.attach._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    is_training,
     should_log,
 )
 from lightning_methods.attach.address import (
@@ -69,8 +70,8 @@ class Step:
         self._recorder = recorder
         self._teacher: Teacher | None = None
         self._asked: list[Teacher] = []
-        device = module.device.type
-        self._autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        device = trainer.strategy.root_device.type
+        self._autocast = (device, torch.is_autocast_enabled(device))
 
     @property
     def epoch(self) -> int:
@@ -119,12 +120,12 @@ class Step:
 
     def forward_context(self) -> contextlib.AbstractContextManager[None]:
         """For a method's own forward passes: the trainer's autocast, which is off around its loss terms."""
-        device, enabled, dtype = self._autocast
-        return torch.autocast(device, dtype=dtype, enabled=enabled) if enabled else contextlib.nullcontext()
+        device, enabled = self._autocast
+        return torch.autocast(device, torch.get_autocast_dtype(device)) if enabled else contextlib.nullcontext()
 
     def loss_context(self) -> contextlib.AbstractContextManager[None]:
         """For loss maths: no autocast."""
-        device, enabled, _ = self._autocast
+        device, enabled = self._autocast
         return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
     def clear(self) -> None:
@@ -218,7 +219,7 @@ class TrainingStep:
         """One training step of the module, with every attached method."""
         if not self._started:
             self.start()
-        if self._inside or not (self._rewriting or self._losing) or not self.trainer.training:
+        if self._inside or not (self._rewriting or self._losing) or not is_training(self.trainer):
             return self.original(*args, **kwargs)
         if kwargs:  # Lightning passes everything by position; a caller of its own may not
             args, kwargs = (*args, *kwargs.values()), {}
