@@ -147,7 +147,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    result = measure(turns=2, steps=50) if arguments.fast else measure(turns=15, steps=200)
+    result = measure(turns=2, steps=50) if arguments.fast else measure(turns=35, steps=100)
     for name, value in result.items():
         print(f"{name:38s} {value:9.3f}")
     if arguments.json:

@@ -79,7 +79,7 @@ def _run(experiment: Experiment, path: Path, options: Namespace) -> None:
     folder.open(settings, resume=options.resume)
     count = options.seeds or experiment.seeds
     seeds = range(experiment.first_seed, experiment.first_seed + count)
-    console = Console()
+    console = Console(markup=False, highlight=False)
     runs = len(experiment.worlds) * len(experiment.arms) * len(seeds)
     with LiveScreen(console, experiment, runs) as screen:
         results = collect(experiment, folder, seeds, screen)

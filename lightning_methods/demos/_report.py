@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,11 +34,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def say(console: Console, text: str) -> None:
-    """Prints a line as it is: no markup, colours or breaks."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 class LiveScreen:
     """Live progress in the terminal, and a line for each run that finishes. A context manager.
 
@@ -51,7 +46,7 @@ class LiveScreen:
     def __init__(self, console: Console, experiment: Experiment, runs: int) -> None:
         self._experiment = experiment
         self._live = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -87,7 +82,7 @@ class LiveScreen:
         world = f"{record.world}: " if len(self._experiment.worlds) > 1 else ""
         when = f"{record.seconds:.1f} s" if fresh else "done before"
         arm = self._experiment.arms[record.arm]
-        say(self._live.console, f"{world}seed {record.seed}  {arm}: {shown}  ({when})")
+        self._live.console.print(f"{world}seed {record.seed}  {arm}: {shown}  ({when})", soft_wrap=True)
 
 
 def write_report(
@@ -96,9 +91,15 @@ def write_report(
     """Prints the table and writes `result.png` and `result.json`, the latter with `about` in it."""
     summaries = summarise(experiment, results)
     for world, arms in summaries.items():
-        console.print(_table(experiment, world, arms, results.facts[world]))
+        title = experiment.title if len(summaries) == 1 else f"{experiment.title}: {world}"
+        console.print(title, style="bold", soft_wrap=True)
+        for name, value in results.facts[world].items():
+            console.print(f"{name}: {value:.4g}", soft_wrap=True)
+        console.print(_table(experiment, arms))
+        for table in _seed_tables(experiment, arms, console.width):
+            console.print(table)
     for sentence in (*experiment.notes, _reading(experiment)):
-        say(console, sentence)
+        console.print(sentence, soft_wrap=True)
     replace_file(folder / "result.png", lambda path: _plot(experiment, summaries).savefig(path, dpi=150))
     write_json(
         folder / "result.json",
@@ -114,22 +115,19 @@ def write_report(
             "records": [asdict(record) for record in results.records],
         },
     )
-    say(console, f"Everything is in {folder}: result.json, result.png and a record of each run.")
+    console.print(f"Everything is in {folder}: result.json, result.png and a record of each run.", soft_wrap=True)
 
 
-def _table(experiment: Experiment, world: str, arms: Mapping[str, Summary], facts: Mapping[str, float]) -> Table:
+def _table(experiment: Experiment, arms: Mapping[str, Summary]) -> Table:
     headline, *others = experiment.metrics
     metric = experiment.metrics[headline]
-    title = experiment.title if len(experiment.worlds) == 1 else f"{experiment.title}: {world}"
-    caption = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
-    table = Table(title=title, caption=caption or None, title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("arm", no_wrap=True)
     table.add_column(metric.title, justify="right", no_wrap=True)
     for baseline in experiment.baselines:
         table.add_column(f"minus {experiment.arms[baseline]}", justify="right", no_wrap=True)
     for name in others:
         table.add_column(experiment.metrics[name].title, justify="right", no_wrap=True)
-    table.add_column("every seed")
     for arm, summary in arms.items():
         differences = summary.differences[headline]
         table.add_row(
@@ -137,9 +135,31 @@ def _table(experiment: Experiment, world: str, arms: Mapping[str, Summary], fact
             _shown(summary.estimates[headline], metric.digits),
             *(_difference(differences.get(baseline), metric.digits) for baseline in experiment.baselines),
             *(_shown(summary.estimates[name], experiment.metrics[name].digits) for name in others),
-            " ".join(f"{value:.{metric.digits}f}" for value in summary.values[headline].values()),
         )
     return table
+
+
+def _seed_tables(experiment: Experiment, arms: Mapping[str, Summary], width: int) -> Iterator[Table]:
+    """The headline metric of every run, a line for each arm; as many seeds side by side as fit into `width`."""
+    headline = next(iter(experiment.metrics))
+    digits = experiment.metrics[headline].digits
+    cells = {
+        arm: [f"{value:.{digits}f}" for value in summary.values[headline].values()] for arm, summary in arms.items()
+    }
+    seeds = [str(seed) for seed in next(iter(arms.values())).values[headline]]
+    gap = 2
+    first = max(len(experiment.arms[arm]) for arm in arms) + gap
+    other = max(len(cell) for column in (seeds, *cells.values()) for cell in column) + gap
+    fitting = max(1, (width - first) // other)
+    for start in range(0, len(seeds), fitting):
+        some = slice(start, start + fitting)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("seed", no_wrap=True)
+        for seed in seeds[some]:
+            table.add_column(seed, justify="right", no_wrap=True)
+        for arm, values in cells.items():
+            table.add_row(experiment.arms[arm], *values[some])
+        yield table
 
 
 def _shown(value: Estimate, digits: int, sign: str = "") -> str:
@@ -157,7 +177,7 @@ def _reading(experiment: Experiment) -> str:
     mean = "Mean ± half the 95 % interval over seeds (Student's t)."
     if not experiment.baselines:
         return mean
-    return f"{mean} Differences are paired by seed; in brackets where the interval holds 0: nothing is shown then."
+    return f"{mean} Differences are paired by seed; in brackets: the interval holds 0, so no difference is shown."
 
 
 def _plot(experiment: Experiment, summaries: Mapping[str, Mapping[str, Summary]]) -> Figure:

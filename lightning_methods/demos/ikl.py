@@ -1,7 +1,7 @@
 """Does IKL teach a small network more than plain KL does?
 
-Two worlds. "digits": real 8 × 8 scans, a timm ResNet that has seen all training labels, and a student of 1,898
-parameters that has 10 labelled scans of each digit. "synthetic": a class hierarchy made to order, in which the
+Two worlds. "digits": real 8 × 8 scans, a timm ResNet that has seen all training labels, and a student of 6,090
+parameters that has 5 labelled scans of each digit. "synthetic": a class hierarchy made to order, in which the
 paper's ablation can be seen in full: KL = DKL < BA < IKL, and GKL.
 
 The student, its optimizer and its data are the same in every arm. The arms differ in the list of callbacks.
@@ -146,7 +146,7 @@ class World:
             return weights
 
         teacher.load_state_dict(kept_state(stage.folder / "teacher.pt", train))
-        return Shared(teacher, {"teacher's accuracy, %": 100 * evaluate(teacher, data)["test_accuracy"]})
+        return Shared(teacher, {"Teacher's accuracy, %": 100 * evaluate(teacher, data)["test_accuracy"]})
 
     def run(self, run: Run, split: Literal["val", "test"] = "test") -> dict[str, float]:
         """Trains a student in one arm and measures it."""
@@ -156,28 +156,35 @@ class World:
         return {"accuracy": 100 * evaluate(student, data, split)[f"{split}_accuracy"]}
 
 
-# The student's learning rate and weight decay are the best for cross-entropy alone. Twelve settings were then tried
-# for each arm (`--tune`), and the best on the validation split, over seeds that the report does not use, stands here.
+# The student's learning rate and weight decay are the best for cross-entropy alone. With these, twelve settings were
+# tried for each kind of callback (`--tune`); what did best on the validation split over ten seeds that the report does
+# not use stands here. Only "kd-4" is as usually published, not searched for.
 _DIGITS_ARMS = {
     "ce": Arm("CE", "cross-entropy only"),
-    "kl": Arm("KL", "CE + 4 KL at T = 1", HintonDistillation, {"kl_weight": 4.0}),
-    "kd": Arm(
-        "KD",
-        "0.1 CE + 0.9 T² KL at T = 4",
+    "kl": Arm("KL", "CE + 8 KL at T = 1", HintonDistillation, {"kl_weight": 8.0, "task_weight": 1.0}),
+    "kd-4": Arm(
+        "KD 4",
+        "0.1 CE + 0.9 T² KL at T = 4, the usual setting",
         HintonDistillation,
         {"temperature": 4.0, "kl_weight": 0.9, "task_weight": 0.1},
     ),
+    "kd": Arm(
+        "KD",
+        "CE + 0.9 T² KL at T = 8, the best setting",
+        HintonDistillation,
+        {"temperature": 8.0, "kl_weight": 0.9, "task_weight": 1.0},
+    ),
     "ikl": Arm(
         "IKL",
-        "CE + IKL, sample-wise weights at T = 100",
+        "CE + IKL at T = 2, sample-wise weights at T = 100",
         IKLDistillation,
-        {"class_wise": False, "weight_temperature": 100.0, "temperature": 4.0, "wmse_weight": 4.0},
+        {"class_wise": False, "weight_temperature": 100.0, "temperature": 2.0, "wmse_weight": 1.0},
     ),
     "gkl": Arm(
         "GKL",
-        "CE + GKL, class-wise weights, γ = 0.1",
+        "CE + GKL at T = 4, class-wise weights at T = 4, γ = 0.3",
         IKLDistillation,
-        {"variant": "gkl", "gamma": 0.1, "weight_temperature": 4.0, "temperature": 4.0, "wmse_weight": 4.0},
+        {"variant": "gkl", "gamma": 0.3, "weight_temperature": 4.0, "temperature": 4.0, "wmse_weight": 16.0},
     ),
 }
 
@@ -217,15 +224,15 @@ _SYNTHETIC_ARMS = {
 
 WORLDS = {
     "digits": World(
-        title="100 labelled digits",
+        title="50 labelled digits",
         teacher=partial(ResNetTeacher),
         teacher_data=partial(DigitsDataModule, batch_size=64),
         teacher_epochs=30,
         student=partial(ConvStudent),
-        student_data=partial(DigitsDataModule, labels_per_class=10, batch_size=50),
+        student_data=partial(DigitsDataModule, labels_per_class=5, batch_size=50),
         epochs=200,
         arms=_DIGITS_ARMS,
-        baselines=("ce", "kd"),
+        baselines=("kl", "kd"),
     ),
     "synthetic": World(
         title="1,000 samples of 20 classes in 5 groups",
@@ -243,7 +250,7 @@ _FAST_EPOCHS = {"digits": (8, 100), "synthetic": (6, 15)}  # of teacher and stud
 
 # What `--tune` tries, twelve settings for each arm of the digits world.
 _TRIED: dict[str, dict[str, tuple[float, ...]]] = {
-    "ce": {"lr": (0.005, 0.01, 0.02), "weight_decay": (1e-4, 1e-2, 1e-1, 1.0)},
+    "ce": {"lr": (0.0025, 0.005, 0.01), "weight_decay": (0.01, 0.1, 1.0, 3.0)},
     "kl": {"kl_weight": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "task_weight": (0.1, 1.0)},
     "kd": {"temperature": (2.0, 4.0, 8.0, 16.0), "task_weight": (0.1, 0.5, 1.0)},
     "ikl": {"wmse_weight": (1.0, 2.0, 4.0, 8.0), "temperature": (1.0, 2.0, 4.0)},
@@ -289,7 +296,7 @@ def experiment(world: str = "digits", *, fast: bool = False, tune: bool = False)
         settings=setup.settings(),
         baselines=setup.baselines,
         notes=() if tune else (f"{'; '.join(f'{arm.title}: {arm.about}' for arm in setup.arms.values())}.",),
-        seeds=2 if fast else 5,
+        seeds=3 if fast else 10,
         first_seed=1000 if tune else 0,
     )
 

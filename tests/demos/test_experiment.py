@@ -334,14 +334,23 @@ class TestReport:
         shown = capsys.readouterr().out
         assert "1.250 ± 2.484" in shown
         assert "+0.250 ± 0.000" in shown
-        assert "0.250 1.250 2.250" in " ".join(shown.split())
-        assert "Better [x]" in shown
+        words = " ".join(shown.split())
+        assert "seed 0 1 2" in words
+        assert "Better [x] 0.250 1.250 2.250" in words
         assert "Read this [first]." in shown
 
     def test_a_difference_that_may_be_nothing_is_in_brackets(self, tmp_path, capsys):
         run = lambda run: {"score": (run.arm == "better") * (run.seed - 0.5), "loss": 0.0}  # noqa: E731
         demo(replace(TOY, run=run), tmp_path)
         assert "(+0.500 ± 2.484)" in capsys.readouterr().out
+
+    def test_many_seeds_keep_their_width(self, tmp_path, capsys):
+        run = lambda run: {"score": 100 + run.seed**2 / 1000, "loss": 0.0}  # noqa: E731
+        demo(replace(TOY, run=run), tmp_path, "--seeds", "23")
+        shown = capsys.readouterr().out
+        words = shown.split()
+        assert all(words.count(f"{100 + seed**2 / 1000:.3f}") == 2 for seed in range(23))
+        assert "…" not in shown
 
     def test_json_holds_everything(self, tmp_path):
         demo(TOY, tmp_path, "--seeds", "1")
