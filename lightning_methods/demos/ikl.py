@@ -306,11 +306,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = demo_parser("ikl", "Distillation with IKL and GKL against cross-entropy, KL and strong KD.")
     parser.add_argument("--world", choices=sorted(WORLDS), default="digits", help="real scans (default) or made data")
     parser.add_argument("--tune", action="store_true", help="show how the settings of the digits world were chosen")
-    return run_demo(parser, argv, _chosen)
 
+    def chosen(options: Namespace) -> Experiment:
+        if options.tune and options.world != "digits":
+            parser.error("--tune searches the settings of --world digits only")
+        return experiment(options.world, fast=options.fast, tune=options.tune)
 
-def _chosen(options: Namespace) -> Experiment:
-    return experiment(options.world, fast=options.fast, tune=options.tune)
+    return run_demo(parser, argv, chosen)
 
 
 if __name__ == "__main__":

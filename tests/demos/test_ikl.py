@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_methods.callbacks import IKLDistillation
 from lightning_methods.demos import ikl, ikl_models
-from lightning_methods.demos._experiment import collect
+from lightning_methods.demos._experiment import Run, collect
 from lightning_methods.demos._records import ResultFolder
 from lightning_methods.demos._training import fit
 from lightning_methods.demos.ikl import HintonDistillation, SuperclassDataModule
@@ -68,7 +68,7 @@ class TestSyntheticWorld:
 
 class TestDigits:
     def test_ikl_beats_cross_entropy_and_kl(self, tmp_path):  # +2.7 ± 1.1 and +2.1 ± 1.2 over ten seeds
-        of = accuracies(ikl.experiment("digits"), tmp_path, ["ce", "kl", "ikl"], 4)
+        of = accuracies(ikl.experiment("digits"), tmp_path, ["ce", "kl", "ikl"], 3)
         assert (of["ikl"] - of["ce"]).mean() >= 0.5
         assert (of["ikl"] - of["kl"]).mean() >= 0.3
 
@@ -135,6 +135,17 @@ class TestArms:
         assert replace(world, arms=arms).settings() != world.settings()
         json.dumps(world.settings())
 
+    def test_the_seed_draws_the_students_samples(self):
+        drawn = []
+
+        def data(seed):
+            drawn.append(SuperclassDataModule(train_size=20, seed=seed))
+            return drawn[-1]
+
+        world = replace(ikl.WORLDS["synthetic"], student_data=data, epochs=1)
+        world.run(Run("main", "ce", 7, None, print))
+        assert [module.seed for module in drawn] == [7]
+
     def test_the_search_gave_every_arm_the_same_number_of_settings(self):
         tried = [name.split(".")[0] for name in ikl.candidates()]
         assert {name: tried.count(name) for name in tried} == dict.fromkeys(["ce", "kl", "kd", "ikl", "gkl"], 12)
@@ -170,6 +181,7 @@ class TestCommand:
         result = json.loads((tmp_path / "result.json").read_text())
         assert {record["arm"] for record in result["records"]} == set(ikl.WORLDS[world].arms)
         assert (tmp_path / "result.png").exists()
+        assert (tmp_path / "shared/main/teacher.pt").exists()
         assert "IKL" in capsys.readouterr().out
 
     @pytest.mark.parametrize("step", [100, 160 + 33])
@@ -197,6 +209,11 @@ class TestCommand:
         assert ikl.main(["--world", "synthetic", "--fast", "--seeds", "1", "--out", str(tmp_path)]) == 0
         assert ikl.main(["--fast", "--resume", "--out", str(tmp_path)]) == 2
         assert 'experiment is "ikl-synthetic" there and "ikl-digits" here' in capsys.readouterr().err
+
+    def test_the_search_is_for_the_digits(self, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            ikl.main(["--tune", "--world", "synthetic"])
+        assert "--tune searches the settings of --world digits only" in capsys.readouterr().err
 
     def test_is_a_program(self, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["ikl", "--help"])
