@@ -51,8 +51,9 @@ class Step:
     __slots__ = (
         "_asked",
         "_autocast",
+        "_method",
+        "_notes",
         "_recorder",
-        "_teacher",
         "batch",
         "index",
         "module",
@@ -68,7 +69,8 @@ class Step:
         self.output: Any = None
         self.index = index
         self._recorder = recorder
-        self._teacher: Teacher | None = None
+        self._method: Method | None = None  # whose turn it is
+        self._notes: dict[bool, dict[str, Tensor | float]] = {}
         self._asked: list[Teacher] = []
         device = trainer.strategy.root_device.type
         self._autocast = (device, torch.is_autocast_enabled(device))
@@ -77,6 +79,20 @@ class Step:
     def epoch(self) -> int:
         """The epoch, counted from 0."""
         return self.trainer.current_epoch
+
+    @property
+    def logs(self) -> bool:
+        """Whether what the method notes in this step will be seen: a costly value is made only if it is."""
+        wanted = self._method is not None and self._method.log_terms
+        # One `log` costs about as much as a whole small step, so none is spent on steps that nobody sees.
+        return wanted == "epoch" or (bool(wanted) and should_log(self.trainer))
+
+    def note(self, values: Mapping[str, Tensor | float]) -> None:
+        """Logs scalars beside the method's terms, as `NAME/key`, if this step `logs`."""
+        if self._method is not None and self.logs and not self.trainer.barebones:
+            notes = self._notes.setdefault(self._method.log_terms == "epoch", {})
+            for key, value in values.items():
+                notes[f"{self._method.name}/{key}"] = value.detach() if isinstance(value, Tensor) else value
 
     def __getitem__(self, where: AddressLike) -> Any:
         """The value at an address.
@@ -101,12 +117,13 @@ class Step:
             return read_items(batch, where, "batch")
         if where.root == "output":
             return read_items(self.output, where, "output")
-        if self._teacher is None:
+        teacher = None if self._method is None else self._method.teacher
+        if teacher is None:
             raise AddressError(f"Address '{where}': this method has no teacher.")
-        if self._teacher not in self._asked:
-            self._asked.append(self._teacher)
-            self._teacher.run(self)
-        return self._teacher.read(where)
+        if teacher not in self._asked:
+            self._asked.append(teacher)
+            teacher.run(self)
+        return teacher.read(where)
 
     def written(self, batch: Any, where: AnyAddress, value: Any) -> Any:
         """A copy of `batch` with `value` at an address."""
@@ -235,13 +252,17 @@ class TrainingStep:
         try:
             for method in self._rewriting:
                 before = step.batch
-                step._teacher = method.teacher
+                step._method = method
                 with step.loss_context():
                     method.rewrite(step)
                 method.did_something |= step.batch is not before
             with self.recorder:
                 step.output = self.original(step.batch, *rest)
-            return self._extended(step) if self._losing else step.output
+            output = self._extended(step) if self._losing else step.output
+            for every_step, notes in step._notes.items():
+                # A batch size of 1 keeps Lightning from searching the batch: an epoch value is the mean over steps.
+                self.module.log_dict(notes, on_step=True, on_epoch=every_step, batch_size=1)
+            return output
         except NotCalledError as error:
             if error.where.root != "module":
                 raise
@@ -261,9 +282,9 @@ class TrainingStep:
         added: Tensor | None = None
         with step.loss_context():
             for method in self._losing:
-                step._teacher = method.teacher
+                step._method = method
                 terms = method.losses(step)
-                weighted = self._weighted(method, terms) if terms else None
+                weighted = self._weighted(step, method, terms) if terms else None
                 if weighted is not None and method.replaces_loss:
                     own = None
                 if terms and own is not None and method.task_weight != 1.0:
@@ -277,7 +298,7 @@ class TrainingStep:
             return output
         return with_key(output, "loss", added) if isinstance(output, Mapping) else added
 
-    def _weighted(self, method: Method, terms: Mapping[str, Tensor]) -> Tensor | None:
+    def _weighted(self, step: Step, method: Method, terms: Mapping[str, Tensor]) -> Tensor | None:
         """The weighted sum of a method's terms; None if every weight is 0 now."""
         method.did_something = True
         self._check(method, terms)
@@ -288,8 +309,9 @@ class TrainingStep:
             if weight == 0.0:  # not even 0 * term: a term that is infinite must not matter
                 continue
             weighted = term * weight if weighted is None else torch.add(weighted, term, alpha=weight)
-        if method.log_terms and not self.trainer.barebones:
-            self._log(method, terms, weighted, factor)
+        if step.logs:
+            total = 0.0 if weighted is None else weighted
+            step.note({**terms, "loss": total} if factor is None else {**terms, "loss": total, "ramp": factor})
         return weighted
 
     def _idle_helpers(self, method: Method, terms: Mapping[str, Tensor]) -> Tensor | None:
@@ -299,18 +321,6 @@ class TrainingStep:
         if terms and method.factor(self.trainer) != 0.0 and all(method.weights.get(name, 1.0) for name in terms):
             return None
         return torch.stack([(parameter * 0.0).sum().float() for parameter in method.helper_parameters]).sum()
-
-    def _log(self, method: Method, terms: Mapping[str, Tensor], weighted: Tensor | None, factor: float | None) -> None:
-        every_step = method.log_terms == "epoch"
-        # One `log` costs about as much as a whole small step, so none is spent on steps that nobody sees.
-        if not every_step and not should_log(self.trainer):
-            return
-        values: dict[str, Tensor | float] = {f"{method.name}/{name}": term.detach() for name, term in terms.items()}
-        values[f"{method.name}/loss"] = 0.0 if weighted is None else weighted.detach()
-        if factor is not None:
-            values[f"{method.name}/ramp"] = factor
-        # A batch size of 1 keeps Lightning from searching the batch: an epoch value is the mean over steps.
-        self.module.log_dict(values, on_step=True, on_epoch=every_step, batch_size=1)
 
     def _check(self, method: Method, terms: Mapping[str, Tensor]) -> None:
         for name, term in terms.items():

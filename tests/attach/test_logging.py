@@ -144,3 +144,41 @@ def test_a_method_that_did_nothing_in_an_epoch_says_so(kind, recwarn):
         "epoch 2: it neither changed a batch nor gave a term.",
     ]
     assert all(text.startswith("Idle(") for text in about)
+
+
+class Notes(Method):
+    """Notes the step's index before and after the module's own step, and counts for how many steps it is asked."""
+
+    def __init__(self, name="notes", **arguments):
+        super().__init__(name=name, **arguments)
+        self.logs = []
+
+    def rewrite(self, step):
+        step.note({"before": 10 + step.index})
+
+    def losses(self, step):
+        self.logs.append(step.logs)
+        step.note({"after": step.output * 0 + step.index})
+        return {"a": penalty(step.module)}
+
+
+def test_notes_are_logged_beside_the_terms_in_one_call(tmp_path):
+    module, noting = CountsLogs(), Notes()
+    found = rows(tmp_path, module, noting, TwoTerms(), batches=pairs(6), log_every_n_steps=3)
+    assert [len(values) for _, values in module.logs] == [4 + 3] * 2
+    notes = [named(row, "notes") for row in found if named(row, "notes")]
+    assert [(row["notes/before"], row["notes/after"]) for row in notes] == [(12, 2), (15, 5)]
+    assert noting.logs == [False, False, True] * 2
+
+
+def test_notes_of_a_method_that_only_rewrites(tmp_path):
+    class Rewrites(Method):
+        def rewrite(self, step):
+            step.note({"index": step.index})
+
+    found = rows(tmp_path, Plain(), Rewrites(name="rewrites", log="epoch"), batches=pairs(2), log_every_n_steps=10)
+    assert [row["rewrites/index_epoch"] for row in found if "rewrites/index_epoch" in row] == [0.5]
+
+
+def test_log_false_notes_nothing(tmp_path):
+    assert not any(named(row, "notes") for row in rows(tmp_path, Plain(), Notes(log=False)))

@@ -1,11 +1,9 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 from torch import Tensor
 
 from lightning_methods.functional import eqsim_all_pairs_loss, eqsim_close_far_loss
@@ -61,10 +59,8 @@ def one_process(loss: str) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(losses) / 2, leaves)
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    """One of two processes, each with its share of the batch and the gradients averaged as under DDP."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def results_on(rank: int) -> dict[Any, Any]:
+    """Of one of two processes, each with its share of the batch and the gradients averaged as under DDP."""
     results = {}
     for gather_grad in (True, False):
         for name, loss in LOSSES.items():
@@ -77,17 +73,12 @@ def rank_main(rank: int, folder: Path) -> None:
             results[name, gather_grad] = [gradient / 2 for gradient in found]
     results["gathered"] = [part.detach() for part in gathered]
     results["empty"] = gather_batch(torch.ones(3 * rank, 2))[0]
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    running = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+def ranks():
+    return on_ranks(results_on)
 
 
 def test_own_rows_come_first(ranks):
@@ -127,7 +118,3 @@ def test_without_a_process_group():
 def test_lengths():
     with pytest.raises(ValueError, match=r"`local`.*\[3, 2\]"):
         gather_batch(torch.zeros(3), torch.zeros(2))
-
-
-if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,15 +1,11 @@
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from no_sync import NoSync
+from ranks import on_ranks
 from torch import Tensor, nn
 
 from lightning_methods.functional import ikl_loss, ikl_terms
@@ -273,27 +269,15 @@ class Student(nn.Module):
         return self.loss(self.scale * student, teacher, target)
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    """One of two processes, each with its half of every batch."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def means_on(rank: int) -> Tensor:
+    """The class means of one of two processes, each with its half of every batch."""
     module = nn.parallel.DistributedDataParallel(Student())
     for batch in batches():
         module(*(part.chunk(2)[rank] for part in batch)).backward()
     module.module.loss.end_epoch()
-    torch.save(module.module.loss.class_probs, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return module.module.loss.class_probs
 
 
-def test_two_processes_learn_the_means_of_one(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment) for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), true_means(batches()))
-
-
-if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
+def test_two_processes_learn_the_means_of_one():
+    for means in on_ranks(means_on):
+        torch.testing.assert_close(means, true_means(batches()))
