@@ -10,6 +10,7 @@ import contextlib
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -28,6 +29,7 @@ usage: lightning-methods COMMAND ...
                            Lightning's own command line (LightningCLI) for any module, datamodule and callbacks
                            given by class path; `fit --help` lists the options
 """
+_TOOL = "  {:<23}  a tool of {}; `{} --help` lists the options\n"
 
 _KINDS = {
     "step": "acts inside training steps",
@@ -48,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Example:
         >>> main(["list"])  # doctest: +ELLIPSIS
         ikl ... classification, knowledge distillation
-        ...
-        0
+        ...0
     """
     command, arguments = "", list(sys.argv[1:] if argv is None else argv)
     if arguments:
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("fit", "validate", "test", "predict", "check"):
         return _lightning(command, arguments, as_given=argv)
     commands: dict[str, Callable[[list[str]], int]] = {"list": _list, "show": _show, "demo": _demo}
+    commands |= {name: partial(_tool, name) for info in METHODS for name in info.commands}
     if command in commands:
         try:
             return commands[command](arguments)
@@ -66,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = command in ("-h", "--help")
     if command and not asked:
         print(f"error: there is no command {command!r}.", file=sys.stderr)
-    print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
+    tools = "".join(_TOOL.format(name, info.name, name) for info in METHODS for name in info.commands)
+    print(USAGE + tools, end="", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 
 
@@ -107,6 +110,8 @@ def _facts(info: MethodInfo) -> Iterator[tuple[str, str]]:
     yield "card", info.card
     yield "settings", f"lightning-methods fit --trainer.callbacks.help lightning_methods.callbacks.{info.callbacks[0]}"
     yield "demo", f"lightning-methods demo {info.name}"
+    for name in info.commands:
+        yield "tool", f"lightning-methods {name} --help"
     for number, limit in enumerate(info.known_limits):
         yield "" if number else "limits", f"- {limit}"
 
@@ -131,6 +136,11 @@ def _run_demo(name: str, options: list[str]) -> int:
         )
         return 1
     status: int = demo.main(options)
+    return status
+
+
+def _tool(name: str, arguments: list[str]) -> int:
+    status: int = import_module(f"lightning_methods.commands.{name.replace('-', '_')}").main(arguments)
     return status
 
 

@@ -21,6 +21,7 @@ class MethodInfo:
         changes_inference: Whether the trained module needs the method at inference.
         card: Path of its documentation page.
         known_limits: What it does not do, in a sentence each.
+        commands: Tools on the command line, `lightning-methods NAME`; files in `lightning_methods.commands`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class MethodInfo:
     changes_inference: bool
     card: str
     known_limits: tuple[str, ...]
+    commands: tuple[str, ...] = ()
 
 
 METHODS: tuple[MethodInfo, ...] = (

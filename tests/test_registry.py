@@ -115,6 +115,14 @@ def test_demo_can_be_run(info):
 
 
 @each_row
+def test_tools_can_be_run(info):
+    for name in info.commands:
+        tool = import_module(f"lightning_methods.commands.{name.replace('-', '_')}")
+        assert next(iter(inspect.signature(tool.main).parameters)) == "argv"
+        assert (ROOT / "tests" / "commands" / f"test_{name.replace('-', '_')}.py").is_file()
+
+
+@each_row
 def test_card_has_every_section_in_order(info):
     assert info.card == f"docs/methods/{info.name}.md"
     text = (ROOT / info.card).read_text()
