@@ -8,18 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_methods.datamodules.acf_worlds import PhrasesDataModule
     from lightning_methods.datamodules.ikl import (
         CIFAR100DistillDataModule,
         ImageNetDataModule,
         ImageNetLTDataModule,
     )
     from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
+    from lightning_methods.datamodules.twbert_worlds import ObjectStatesDataModule
 
 __all__ = [
     "CIFAR100DistillDataModule",
     "DigitsDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "ObjectStatesDataModule",
+    "PhrasesDataModule",
     "SuperclassDataModule",
 ]
 
@@ -28,6 +32,8 @@ _FILES = {
     "DigitsDataModule": "ikl_worlds",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "ObjectStatesDataModule": "twbert_worlds",
+    "PhrasesDataModule": "acf_worlds",
     "SuperclassDataModule": "ikl_worlds",
 }
 
