@@ -8,6 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_methods.datamodules.eqsim import (
+        EqBenDataModule,
+        RetrievalDataModule,
+        ValseDataModule,
+        WinogroundDataModule,
+    )
+    from lightning_methods.datamodules.eqsim_scenes import SyntheticEqBen, SyntheticEqBenDataModule
     from lightning_methods.datamodules.ikl import (
         CIFAR100DistillDataModule,
         ImageNetDataModule,
@@ -18,17 +25,29 @@ if TYPE_CHECKING:
 __all__ = [
     "CIFAR100DistillDataModule",
     "DigitsDataModule",
+    "EqBenDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "RetrievalDataModule",
     "SuperclassDataModule",
+    "SyntheticEqBen",
+    "SyntheticEqBenDataModule",
+    "ValseDataModule",
+    "WinogroundDataModule",
 ]
 
 _FILES = {
     "CIFAR100DistillDataModule": "ikl",
     "DigitsDataModule": "ikl_worlds",
+    "EqBenDataModule": "eqsim",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "RetrievalDataModule": "eqsim",
     "SuperclassDataModule": "ikl_worlds",
+    "SyntheticEqBen": "eqsim_scenes",
+    "SyntheticEqBenDataModule": "eqsim_scenes",
+    "ValseDataModule": "eqsim",
+    "WinogroundDataModule": "eqsim",
 }
 
 
