@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_methods.datamodules.acf_worlds import PhrasesDataModule
+    from lightning_methods.datamodules.eqsim import (
+        EqBenDataModule,
+        RetrievalDataModule,
+        ValseDataModule,
+        WinogroundDataModule,
+    )
+    from lightning_methods.datamodules.eqsim_scenes import SyntheticEqBen, SyntheticEqBenDataModule
     from lightning_methods.datamodules.ikl import (
         CIFAR100DistillDataModule,
         ImageNetDataModule,
@@ -20,21 +27,33 @@ if TYPE_CHECKING:
 __all__ = [
     "CIFAR100DistillDataModule",
     "DigitsDataModule",
+    "EqBenDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
     "ObjectStatesDataModule",
     "PhrasesDataModule",
+    "RetrievalDataModule",
     "SuperclassDataModule",
+    "SyntheticEqBen",
+    "SyntheticEqBenDataModule",
+    "ValseDataModule",
+    "WinogroundDataModule",
 ]
 
 _FILES = {
     "CIFAR100DistillDataModule": "ikl",
     "DigitsDataModule": "ikl_worlds",
+    "EqBenDataModule": "eqsim",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
     "ObjectStatesDataModule": "twbert_worlds",
     "PhrasesDataModule": "acf_worlds",
+    "RetrievalDataModule": "eqsim",
     "SuperclassDataModule": "ikl_worlds",
+    "SyntheticEqBen": "eqsim_scenes",
+    "SyntheticEqBenDataModule": "eqsim_scenes",
+    "ValseDataModule": "eqsim",
+    "WinogroundDataModule": "eqsim",
 }
 
 

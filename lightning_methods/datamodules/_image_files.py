@@ -35,6 +35,20 @@ def eval_transform() -> Transform:
     return cast(Transform, create_transform(224, crop_pct=224 / 256))
 
 
+def read_rgb(path: str) -> Image.Image:
+    """Decodes an image file, in RGB whatever its own mode is.
+
+    Raises:
+        ValueError: The file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = file.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow reports some broken headers as SyntaxError
+        raise ValueError(f"image {path} cannot be decoded: {error}") from error
+    return image
+
+
 class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Images read from disk when they are asked for.
 
@@ -52,12 +66,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError) as error:  # Pillow reports some broken headers as SyntaxError
-            raise ValueError(f"image {path} cannot be decoded: {error}") from error
-        return self.transform(image), label
+        return self.transform(read_rgb(path)), label
 
 
 class ImageFilesDataModule(LightningDataModule):
