@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_methods.datamodules._clips import load_clip
     from lightning_methods.datamodules.acf_worlds import PhrasesDataModule
     from lightning_methods.datamodules.eqsim import (
         EqBenDataModule,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         ImageNetLTDataModule,
     )
     from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
+    from lightning_methods.datamodules.twbert import VideoQADataModule, VideoTextDataModule
     from lightning_methods.datamodules.twbert_worlds import ObjectStatesDataModule
 
 __all__ = [
@@ -37,7 +39,10 @@ __all__ = [
     "SyntheticEqBen",
     "SyntheticEqBenDataModule",
     "ValseDataModule",
+    "VideoQADataModule",
+    "VideoTextDataModule",
     "WinogroundDataModule",
+    "load_clip",
 ]
 
 _FILES = {
@@ -53,7 +58,10 @@ _FILES = {
     "SyntheticEqBen": "eqsim_scenes",
     "SyntheticEqBenDataModule": "eqsim_scenes",
     "ValseDataModule": "eqsim",
+    "VideoQADataModule": "twbert",
+    "VideoTextDataModule": "twbert",
     "WinogroundDataModule": "eqsim",
+    "load_clip": "_clips",
 }
 
 
