@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_methods.datamodules._clips import load_clip
+    from lightning_methods.datamodules.acf import CocoCaptionDataModule
     from lightning_methods.datamodules.acf_worlds import PhrasesDataModule
     from lightning_methods.datamodules.eqsim import (
         EqBenDataModule,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CIFAR100DistillDataModule",
+    "CocoCaptionDataModule",
     "DigitsDataModule",
     "EqBenDataModule",
     "ImageNetDataModule",
@@ -47,6 +49,7 @@ __all__ = [
 
 _FILES = {
     "CIFAR100DistillDataModule": "ikl",
+    "CocoCaptionDataModule": "acf",
     "DigitsDataModule": "ikl_worlds",
     "EqBenDataModule": "eqsim",
     "ImageNetDataModule": "ikl",
