@@ -192,7 +192,8 @@ def cluster_weights(
     logits = logits.to(at_least_float32(logits)) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     weights = masked_logits(logits, attn_mask).softmax(-1) * (cluster if cluster.ndim == 4 else cluster.unsqueeze(1))
     if normalize:
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / total.masked_fill(total == 0, 1)
     return weights
 
 

@@ -113,7 +113,8 @@ def cider_d(
         sigma: σ > 0.
 
     Raises:
-        ValueError: If the numbers of candidates and references differ or are 0, or an image has no reference.
+        ValueError: If the numbers of candidates and references differ or are 0, an image has no reference, or an
+            argument is out of its range.
 
     Example:
         >>> cider_d(["a red bus", "two dogs"], [["a red bus"], ["a dog"]]).per_item
@@ -123,6 +124,8 @@ def cider_d(
     check_range("n", n, 1, math.inf)
     check_positive(sigma=sigma)
     table = document_frequency or _document_frequency(references, n=n)
+    if table.num_images < 1:
+        raise ValueError(f"`document_frequency` must be of at least one image, got {table.num_images}")
     scores = []
     for candidate, texts in zip(candidates, references, strict=True):
         own = _Weighted(_tokens(candidate), table, n)

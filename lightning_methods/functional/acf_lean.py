@@ -163,7 +163,7 @@ def neighbor_links(
         some = allowed.any(-1, keepdim=True)
         attention = logits.masked_fill(~allowed, torch.finfo(dtype).min).softmax(-1)
         attention = torch.where(some, attention, 1 / length)
-        itself = torch.where(some.squeeze(-1), 0.0, 1 / length).to(dtype)
+        itself = torch.where(some.squeeze(-1), query.new_zeros(()), 1 / length)
         links = NeighborLinks(
             (itself.square() + EPSILON).sqrt(), (attention[:, :-1, 1] * attention[:, 1:, 0] + EPSILON).sqrt()
         )
@@ -283,9 +283,15 @@ def _flex(
     scale: float | None,
     normalize: bool,
 ) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention  # not in torch 2.4
+    from torch.nn.attention import flex_attention as flex  # not in torch 2.4
 
-    attention: Any = torch.compile(flex_attention) if query.is_cuda else flex_attention
+    # torch 2.9 has renamed how LSE is asked for
+    lse = {"return_aux": flex.AuxRequest(lse=True)} if hasattr(flex, "AuxRequest") else {"return_lse": True}
+    attention: Any = torch.compile(flex.flex_attention) if query.is_cuda else flex.flex_attention
+
+    def attend(score_mod: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        result, extra = attention(query, key, value, score_mod=score_mod, scale=scale, **lse)
+        return result, extra if isinstance(extra, Tensor) else extra.lse
 
     def open_only(score: Tensor, b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         allowed = j <= i if is_causal else j >= 0
@@ -298,11 +304,10 @@ def _flex(
         cluster = torch.where(i == j, own[b, i], difference.exp() + EPSILON)
         return open_only(score + cluster.log(), b, h, i, j)
 
-    result: Tensor
-    result, inside = attention(query, key, value, score_mod=clustered, scale=scale, return_lse=True)
+    result, inside = attend(clustered)
     if normalize:
         return result
-    _, total = attention(query, key, value, score_mod=open_only, scale=scale, return_lse=True)
+    _, total = attend(open_only)
     return result * (inside - total).exp().unsqueeze(-1).to(result.dtype)
 
 

@@ -167,4 +167,4 @@ def prefix_mask_rows(tokens: Tensor, *, mask_id: int, end_id: int) -> PrefixRows
 
 
 def _ratio(total: Tensor, weight: Tensor) -> Tensor:
-    return total / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    return total / weight.masked_fill(weight == 0, 1)

@@ -172,4 +172,5 @@ def select_frames(
         return FrameSelection(mixed.to(frames.dtype).view(batch, k, tokens, width), scores, indicators)
     best = scores.detach().topk(k, sorted=False).indices.sort(-1).values
     chosen = frames.take_along_dim(best[:, :, None, None], 1)
-    return FrameSelection(chosen, scores, F.one_hot(best, length).to(scores.dtype))
+    indicators = scores.new_zeros(batch, k, length).scatter(2, best.unsqueeze(-1), 1.0)
+    return FrameSelection(chosen, scores, indicators)
