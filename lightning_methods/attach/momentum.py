@@ -34,7 +34,7 @@ class MomentumTeacher(Teacher):
     def __init__(
         self,
         *,
-        inputs: AddressLike | list[AddressLike] = "module@input",
+        inputs: list[AddressLike] | AddressLike = "module@input",
         momentum: float = 0.995,
         transform: Callable[[Any], Any] | None = None,
     ) -> None:

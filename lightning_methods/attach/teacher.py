@@ -44,7 +44,7 @@ class Teacher:
         self,
         source: nn.Module | str | Callable[[], nn.Module],
         *,
-        inputs: AddressLike | list[AddressLike] = "batch.0",
+        inputs: list[AddressLike] | AddressLike = "batch.0",
         rewrite: Mapping[str, AddressLike] | None = None,
         checkpoint: str | Path | None = None,
         key: str | None = None,
