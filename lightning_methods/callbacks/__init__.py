@@ -1,6 +1,7 @@
 """Methods as Lightning callbacks: add one to `Trainer(callbacks=[...])`."""
 
+from lightning_methods.callbacks.acf import AdaClustFormer
 from lightning_methods.callbacks.ikl import IKLDistillation
-from lightning_methods.callbacks.twbert import AlignBeforeFuse
+from lightning_methods.callbacks.twbert import AlignBeforeFuse, TrajectoryWordAlignment
 
-__all__ = ["AlignBeforeFuse", "IKLDistillation"]
+__all__ = ["AdaClustFormer", "AlignBeforeFuse", "IKLDistillation", "TrajectoryWordAlignment"]

@@ -5,22 +5,106 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_methods.attach import AddressError, AddressLike, Method, MomentumTeacher, Step, address
+from lightning_methods.attach import AddressError, AddressLike, Method, MomentumTeacher, Parts, Step, address
 from lightning_methods.attach._lightning import LightningModule, Trainer
 from lightning_methods.attach.address import Address, AnyAddress, describe
 from lightning_methods.attach.momentum import follow
+from lightning_methods.callbacks._attention import replaced_attention
 from lightning_methods.functional import fine_grained_contrastive_loss, video_text_contrastive_loss
 from lightning_methods.functional._gather import gather_batch
 from lightning_methods.functional._logits import upcast
+from lightning_methods.modules import TimmTrajectoryWordAttention, TrajectoryWordSelfAttention
 
 #: The authors keep the temperature in here.
 _TEMPERATURES = (0.001, 0.5)
+
+
+class TrajectoryWordAlignment(Method):
+    """Replaces attention over [words; video CLS; patches] by one in which words follow trajectories.
+
+    In place of one softmax over all patches of all frames, a word attends within each frame by itself, and then to the
+    resulting trajectory and the other words; patches attend within their frame. The maths is in
+    `functional.trajectory_word_attention`. Every new module starts from the projections of the one it replaces, used
+    for both stages.
+
+    The trained model needs the new modules: attach the callback again, or call `apply`, before loading a checkpoint;
+    `export` gives a model that needs neither. `undo` gives back the old modules as they were: weights are copied,
+    because the two stages learn different ones.
+
+    Args:
+        modules: Addresses of self-attention modules over the fused sequence, torch's `MultiheadAttention` or timm's
+            `Attention`, such as `"module.fusion.layers.*.self_attn"`.
+        num_frames: T, frames of a video.
+        patches_per_frame: S. A sequence has L words, one [CLS] of the video, and T·S patches, frame by frame.
+        norm: Address of the LayerNorm whose weights the norm of the trajectories starts from; None: ones and zeros.
+        dropout: On the attention weights; None: as the replaced module.
+        name: Key in checkpoints.
+
+    Raises:
+        AddressError: If an address matches nothing.
+        TypeError: If it matches something else.
+        ValueError: If an argument is out of its range, and in the first step if the sequence cannot be that of L words,
+            T and S.
+
+    Source:
+        Yang et al., "Learning Trajectory-Word Alignments for Video-Language Tasks", ICCV 2023 (arXiv 2301.01953).
+
+    Example:
+        >>> TrajectoryWordAlignment("module.fusion.*.attention", num_frames=8, patches_per_frame=49)
+        TrajectoryWordAlignment(modules='module.fusion.*.attention', num_frames=8, patches_per_frame=49)
+    """
+
+    changes_inference = True
+
+    def __init__(
+        self,
+        modules: list[str] | str,
+        *,
+        num_frames: int,
+        patches_per_frame: int,
+        norm: str | None = None,
+        dropout: float | None = None,
+        name: str = "trajectory",
+    ) -> None:
+        super().__init__(name=name)
+        _check_range("num_frames", num_frames, 1)
+        _check_range("patches_per_frame", patches_per_frame, 1)
+        _check_range("dropout", dropout or 0.0, 0, 1)
+        self.modules = Parts(modules)
+        self.num_frames, self.patches_per_frame = num_frames, patches_per_frame
+        self.norm = None if norm is None else Parts(norm)
+        self.dropout = dropout
+
+    def replacements(self, module: nn.Module) -> Mapping[str, nn.Module]:
+        """A trajectory-word attention for each module at the addresses."""
+        options: dict[str, Any] = {
+            "num_frames": self.num_frames,
+            "patches_per_frame": self.patches_per_frame,
+            "norm": self._layer_norm(module),
+            "dropout": self.dropout,
+        }
+        multihead = partial(TrajectoryWordSelfAttention.from_multihead, **options)
+        timm = partial(TimmTrajectoryWordAttention.from_timm, **options)
+        found = self.modules.find(module)
+        return {path: replaced_attention(path, part, multihead, timm) for path, part in found.items()}
+
+    def _layer_norm(self, module: nn.Module) -> nn.LayerNorm | None:
+        if self.norm is None:
+            return None
+        ((path, part), *others) = self.norm.find(module).items()
+        if others or not isinstance(part, nn.LayerNorm):
+            raise TypeError(
+                f"Expected `norm` to be the address of one LayerNorm, but {self.norm!r} is 'module.{path}', a "
+                f"{type(part).__name__}{f', and {len(others)} more' if others else ''}."
+            )
+        return part
 
 
 class AlignBeforeFuse(Method):

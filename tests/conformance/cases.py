@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conformance import cases_twbert
+from conformance import cases_acf, cases_twbert
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,6 +44,7 @@ CASES = {
     "IKLDistillation": lambda: ikl(wmse_weight=2.0, temperature=2.0, warmup_epochs=2),
     "IKLDistillation-gkl": lambda: ikl(variant="gkl", gamma=0.5, class_wise=False),
     "IKLDistillation-dkl": lambda: ikl(variant="dkl", student_logits="module.net"),
+    **cases_acf.CASES,
     **cases_twbert.CASES,
 }
 
@@ -60,6 +61,7 @@ YAML = {
         "warmup_epochs": 3.0,
         "log": "epoch",
     },
+    **cases_acf.YAML,
     **cases_twbert.YAML,
 }
 

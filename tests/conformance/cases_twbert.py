@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from pytorch_lightning import LightningModule
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_methods.callbacks import AlignBeforeFuse
+from lightning_methods.callbacks import AlignBeforeFuse, TrajectoryWordAlignment
 from lightning_methods.testing import Case
 
 FRAMES, PATCHES, WORDS = 2, 3, 4
@@ -49,7 +50,35 @@ def align(**settings: object) -> Case:
     return Case(AlignBeforeFuse("module.video", "module.text", **given), module, batch)
 
 
+class Fusion(LightningModule):
+    """Classifies [words; video CLS; patches], fused by torch's attention or by timm's."""
+
+    def __init__(self, timm: bool = False) -> None:
+        super().__init__()
+        self.attention = Attention(8, num_heads=2) if timm else nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm, self.head, self.timm = nn.LayerNorm(8), nn.Linear(8, 3), timm
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = self.attention(x) if self.timm else self.attention(x, x, x)[0]
+        return self.head(self.norm(x + fused)[:, 0])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def fusion(timm: bool = False, **settings: object) -> Case:
+    torch.manual_seed(0)
+    module, batch = Fusion(timm), (torch.randn(8, WORDS + 1 + FRAMES * PATCHES, 8), torch.arange(8) % 3)
+    sizes = {"num_frames": FRAMES, "patches_per_frame": PATCHES}
+    return Case(TrajectoryWordAlignment("module.attention", **sizes, **settings), module, batch)
+
+
 CASES = {
+    "TrajectoryWordAlignment": lambda: fusion(norm="module.norm"),
+    "TrajectoryWordAlignment-timm": lambda: fusion(timm=True),
     "AlignBeforeFuse": lambda: align(vtc_weight=0.5),
     "AlignBeforeFuse-fine": lambda: align(
         video_tokens="module.patch",
@@ -63,6 +92,13 @@ CASES = {
 }
 
 YAML = {
+    "TrajectoryWordAlignment": {
+        "modules": ["module.fusion.0.attention", "module.fusion.1.attention"],
+        "num_frames": 8,
+        "patches_per_frame": 49,
+        "norm": "module.fusion.0.norm",
+        "dropout": 0.2,
+    },
     "AlignBeforeFuse": {
         "video": "module.video_proj",
         "text": "module.text_proj",
@@ -70,5 +106,5 @@ YAML = {
         "widths": [768, 512],
         "queue_size": 4096,
         "alpha": 0.2,
-    }
+    },
 }
