@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance.cases_twbert import FRAMES, TwoTowers, two_towers
+from conformance.cases_twbert import FRAMES, PATCHES, WORDS, Fusion, TwoTowers, two_towers
 from plain import fit
 from ranks import on_ranks
 from torch import nn
 
 from lightning_methods.attach import AddressError
-from lightning_methods.callbacks import AlignBeforeFuse
+from lightning_methods.callbacks import AlignBeforeFuse, TrajectoryWordAlignment
 from lightning_methods.callbacks.twbert import Queue
-from lightning_methods.functional import fine_grained_contrastive_loss
+from lightning_methods.functional import fine_grained_contrastive_loss, trajectory_word_attention
 
 INPUTS = ["batch.video", "batch.text"]
 
@@ -231,3 +231,90 @@ def test_the_log(tmp_path):
     fit(two_towers()[0], align, batches=batches(), logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1)
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"twbert/vtc", "twbert/loss", "twbert/temperature", "twbert/alpha"} <= set(header)
+
+
+# --- TrajectoryWordAlignment -------------------------------------------------------------------------
+
+
+def fused():
+    torch.manual_seed(0)
+    return Fusion(), (torch.randn(8, WORDS + 1 + FRAMES * PATCHES, 8), torch.arange(8) % 3)
+
+
+def swap(where="module.attention", **settings):
+    return TrajectoryWordAlignment(where, **{"num_frames": FRAMES, "patches_per_frame": PATCHES, **settings})
+
+
+def test_words_follow_trajectories_with_the_projections_of_the_old_attention():
+    module, (x, _) = fused()
+    old = module.attention
+    swap(norm="module.norm").apply(module)
+    q, k, v = old.in_proj_weight.chunk(3)
+    qb, kb, vb = old.in_proj_bias.chunk(3)
+    out, out_bias = old.out_proj.weight, old.out_proj.bias
+    expected = trajectory_word_attention(
+        x[:, :WORDS],
+        x[:, WORDS:],
+        torch.cat([q, k, v, q, k, v, out, out]),
+        torch.cat([qb, kb, vb, qb, kb, vb, out_bias, out_bias]),
+        module.norm.weight,
+        module.norm.bias,
+        num_heads=2,
+        num_frames=FRAMES,
+        eps=module.norm.eps,
+    )
+    torch.testing.assert_close(module.attention(x, x, x)[0], torch.cat(expected, dim=1))
+
+
+def test_the_old_attention_comes_back_as_it_was():
+    module, batch = fused()
+    before = copy.deepcopy(module.attention.state_dict())
+    align = swap()
+    fit(module, align, batches=[batch])
+    align.undo(module)
+    assert type(module.attention) is nn.MultiheadAttention
+    assert all(torch.equal(value, before[name]) for name, value in module.attention.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["num_frames", "patches_per_frame"])
+def test_sizes_are_checked(name):
+    with pytest.raises(ValueError, match=rf"`{name}`.*0"):
+        swap(**{name: 0})
+
+
+def test_a_sequence_of_another_length_is_named_with_its_parts():
+    module, batch = fused()
+    with pytest.raises(ValueError, match=r"T = 5 frames of S = 3 patches.*N = 11"):
+        fit(module, swap(num_frames=5), batches=[batch])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"where": "module.head"}, r"'module\.head' is a Linear, which cannot be replaced"),
+        ({"norm": "module.head"}, r"`norm` to be the address of one LayerNorm.*'module\.head', a Linear"),
+        ({"norm": ["module.norm", "module.head"]}, r"one LayerNorm.*and 1 more"),
+    ],
+)
+def test_parts_of_another_kind(settings, match):
+    module, batch = fused()
+    with pytest.raises(TypeError, match=match):
+        fit(module, swap(**settings), batches=[batch])
+    assert type(module.attention) is nn.MultiheadAttention
+
+
+def test_both_callbacks_together():
+    class Both(TwoTowers):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, video, text):
+            patches, words = self.patch(video), self.word(text)
+            x = torch.cat([words, patches.mean(1, keepdim=True), patches], 1)
+            fused = self.attention(x, x, x)[0]
+            return self.video(fused[:, 5:].mean(1)) @ self.text(fused[:, :4].mean(1)).T
+
+    module, align = Both(), method()
+    fit(module, swap(), align, batches=batches())
+    assert type(align.teacher.network.attention) is type(module.attention) is not nn.MultiheadAttention
