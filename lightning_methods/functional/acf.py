@@ -173,6 +173,11 @@ def cluster_attention(
         expected = f"(B, N, N) = {(batch, length, length)} or (B, H, N, N)"
         raise ValueError(f"`cluster` must have shape {expected}, got {tuple(cluster.shape)}")
     weights = cluster_weights(query, key, cluster, attn_mask=attn_mask, scale=scale, normalize=normalize)
+    return apply_weights(weights, value, dropout_p)
+
+
+def apply_weights(weights: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+    """Dropout acts on the products of weights and clusters."""
     if dropout_p:
         weights = F.dropout(weights, dropout_p)
     return weights.to(value.dtype) @ value

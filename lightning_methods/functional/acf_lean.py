@@ -22,7 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_methods.functional._logits import check_choice, check_positive, check_range
 from lightning_methods.functional._shapes import at_least_float32, check_floating, check_shape, no_autocast
-from lightning_methods.functional.acf import SpanScores, cluster_weights, log_growth, logits_of_spans, prefix_sums
+from lightning_methods.functional.acf import (
+    SpanScores,
+    apply_weights,
+    cluster_weights,
+    log_growth,
+    logits_of_spans,
+    prefix_sums,
+)
 from lightning_methods.functional.acf_neighbors import EPSILON
 
 Kernel: TypeAlias = Literal["blocks", "flex"]
@@ -261,9 +268,7 @@ def _row_attention(
             scale=scale,
             normalize=normalize,
         )
-        if dropout_p:
-            weights = F.dropout(weights, dropout_p)
-        return weights.to(value.dtype) @ value[:, :, : len(column)]
+        return apply_weights(weights, value[:, :, : len(column)], dropout_p)
 
     return attend
 

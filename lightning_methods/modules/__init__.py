@@ -1,5 +1,43 @@
 """Modules that own parameters, buffers or hyperparameters of a method."""
 
+from lightning_methods.modules.acf import (
+    AnnotatedLayerNorm,
+    ClusterLayer,
+    ClusterState,
+    GridCluster,
+    SpanCluster,
+)
+from lightning_methods.modules.acf_attention import AdaClusterAttention, TimmAdaClusterAttention
+from lightning_methods.modules.acf_captioner import ACFCaptioner, ACFDecoder, ACFEncoder, ACFLayer, Captions
 from lightning_methods.modules.ikl import IKLLoss
+from lightning_methods.modules.twbert import (
+    HierarchicalFrameSelector,
+    MomentumQueue,
+    TrajectoryWordAttention,
+    TrajectoryWordEncoder,
+    TrajectoryWordLayer,
+)
+from lightning_methods.modules.twbert_dropin import TimmTrajectoryWordAttention, TrajectoryWordSelfAttention
 
-__all__ = ["IKLLoss"]
+__all__ = [
+    "ACFCaptioner",
+    "ACFDecoder",
+    "ACFEncoder",
+    "ACFLayer",
+    "AdaClusterAttention",
+    "AnnotatedLayerNorm",
+    "Captions",
+    "ClusterLayer",
+    "ClusterState",
+    "GridCluster",
+    "HierarchicalFrameSelector",
+    "IKLLoss",
+    "MomentumQueue",
+    "SpanCluster",
+    "TimmAdaClusterAttention",
+    "TimmTrajectoryWordAttention",
+    "TrajectoryWordAttention",
+    "TrajectoryWordEncoder",
+    "TrajectoryWordLayer",
+    "TrajectoryWordSelfAttention",
+]
