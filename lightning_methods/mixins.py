@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from lightning_methods.attach import Method
 from lightning_methods.attach._lightning import MisconfigurationException
-from lightning_methods.callbacks import IKLDistillation
+from lightning_methods.callbacks import AdaClustFormer, AlignBeforeFuse, IKLDistillation, TrajectoryWordAlignment
 
 
 class MethodMixin:
@@ -111,3 +111,24 @@ class IKLDistillationMixin(MethodMixin):
 
     method = IKLDistillation
     settings = "ikl"
+
+
+class AdaClustFormerMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.AdaClustFormer`; settings in `acf`."""
+
+    method = AdaClustFormer
+    settings = "acf"
+
+
+class TrajectoryWordAlignmentMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.TrajectoryWordAlignment`; settings in `twbert`."""
+
+    method = TrajectoryWordAlignment
+    settings = "twbert"
+
+
+class AlignBeforeFuseMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.AlignBeforeFuse`; settings in `twbert_align`."""
+
+    method = AlignBeforeFuse
+    settings = "twbert_align"
