@@ -126,7 +126,7 @@ METHODS: tuple[MethodInfo, ...] = (
         changes_inference=True,
         card="docs/methods/twbert.md",
         known_limits=(
-            "The fused sequence must be words, one [CLS] of the video, and patches frame by frame, all frames of one size.",
+            "The fused sequence must be words, one [CLS] of the video, and patches frame by frame.",
             "It replaces only torch's MultiheadAttention and timm's Attention.",
             "AlignBeforeFuse keeps a second copy of the module, its momentum teacher.",
         ),
