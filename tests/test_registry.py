@@ -70,7 +70,7 @@ def test_every_exported_callback_belongs_to_one_row():
 
 
 #: Methods whose functions are there before their callback, and with it their row.
-MATHS_ONLY = {"eqsim", "proreg", "stillmix"}
+MATHS_ONLY = {"proreg", "stillmix"}
 
 
 def test_every_exported_function_belongs_to_one_row():
@@ -141,5 +141,5 @@ def test_rows_are_filled_in(info):
 
 
 def test_a_wrong_name_gives_the_right_ones():
-    with pytest.raises(ValueError, match=r"There is no method 'kli'; there are ikl\b"):
+    with pytest.raises(ValueError, match=r"There is no method 'kli'; there are .*\bikl\b"):
         registry.method("kli")
