@@ -30,8 +30,8 @@ class PairGroupScore(Metric):
     """Winoground's text, image and group score of quadruples, by subset and as the mean over the subsets.
 
     `compute` gives "text", "image" and "group", each (num_subsets,), or a scalar for one, and NaN for a subset without
-    quadruples; and "mean_text", "mean_image" and "mean_group" over the other subsets. A pooled mean over quadruples would be that of
-    the largest subset. What they mean is in `functional.pair_group_scores`.
+    quadruples; and "mean_text", "mean_image" and "mean_group" over the other subsets. A pooled mean over quadruples
+    would be that of the largest subset. What they mean is in `functional.pair_group_scores`.
 
     Each quadruple counts as often as it comes, also where a sampler repeats some to share them out evenly; see
     `EqBenScore` for repeats that do not count.

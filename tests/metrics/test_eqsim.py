@@ -69,8 +69,7 @@ def test_groups_are_counted_by_subset():
     names = ("text", "image", "group")
     check(
         metric.compute(),
-        {name: e for name, e in zip(names, expected, strict=True)}
-        | {f"mean_{name}": e for name, e in zip(names, expected, strict=True)},
+        dict(zip(names, expected, strict=True)) | {f"mean_{name}": e for name, e in zip(names, expected, strict=True)},
     )
 
 
