@@ -22,6 +22,7 @@ class MethodInfo:
         card: Path of its documentation page.
         known_limits: What it does not do, in a sentence each.
         commands: Tools on the command line, `lightning-methods NAME`; files in `lightning_methods.commands`.
+        more_demos: Demos besides the one of the method's name; files in `lightning_methods.demos`.
     """
 
     name: str
@@ -35,6 +36,12 @@ class MethodInfo:
     card: str
     known_limits: tuple[str, ...]
     commands: tuple[str, ...] = ()
+    more_demos: tuple[str, ...] = ()
+
+    @property
+    def demos(self) -> tuple[str, ...]:
+        """What `lightning-methods demo` runs of this method."""
+        return (self.name, *self.more_demos)
 
 
 METHODS: tuple[MethodInfo, ...] = (
@@ -66,6 +73,7 @@ METHODS: tuple[MethodInfo, ...] = (
             "Where training pairs are abundant no gain was found, and a weight that is too large hurts.",
             "The paper was read in its abstract only; formulas and settings are those of the authors' code.",
         ),
+        commands=("eval-eqben",),
     ),
     MethodInfo(
         name="ikl",
