@@ -110,8 +110,10 @@ def test_every_callback_has_its_mixin(info):
 
 @each_row
 def test_demo_can_be_run(info):
-    parameters = inspect.signature(import_module(f"lightning_methods.demos.{info.name}").main).parameters
-    assert next(iter(parameters)) == "argv"
+    for name in info.demos:
+        parameters = inspect.signature(import_module(f"lightning_methods.demos.{name}").main).parameters
+        assert next(iter(parameters)) == "argv"
+        assert (ROOT / "tests" / "demos" / f"test_{name}.py").is_file()
 
 
 @each_row
