@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_methods.datamodules.eqsim_worlds import MinimalChangeDataModule
     from lightning_methods.datamodules.ikl import (
         CIFAR100DistillDataModule,
         ImageNetDataModule,
@@ -20,6 +21,7 @@ __all__ = [
     "DigitsDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "MinimalChangeDataModule",
     "SuperclassDataModule",
 ]
 
@@ -28,6 +30,7 @@ _FILES = {
     "DigitsDataModule": "ikl_worlds",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "MinimalChangeDataModule": "eqsim_worlds",
     "SuperclassDataModule": "ikl_worlds",
 }
 
