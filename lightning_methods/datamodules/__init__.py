@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         WinogroundDataModule,
     )
     from lightning_methods.datamodules.eqsim_scenes import SyntheticEqBen, SyntheticEqBenDataModule
+    from lightning_methods.datamodules.eqsim_worlds import MinimalChangeDataModule
     from lightning_methods.datamodules.ikl import (
         CIFAR100DistillDataModule,
         ImageNetDataModule,
@@ -28,6 +29,7 @@ __all__ = [
     "EqBenDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "MinimalChangeDataModule",
     "RetrievalDataModule",
     "SuperclassDataModule",
     "SyntheticEqBen",
@@ -42,6 +44,7 @@ _FILES = {
     "EqBenDataModule": "eqsim",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "MinimalChangeDataModule": "eqsim_worlds",
     "RetrievalDataModule": "eqsim",
     "SuperclassDataModule": "ikl_worlds",
     "SyntheticEqBen": "eqsim_scenes",
