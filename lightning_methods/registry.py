@@ -74,6 +74,7 @@ METHODS: tuple[MethodInfo, ...] = (
             "The paper was read in its abstract only; formulas and settings are those of the authors' code.",
         ),
         commands=("eval-eqben",),
+        more_demos=("eqsim_clip",),
     ),
     MethodInfo(
         name="ikl",
