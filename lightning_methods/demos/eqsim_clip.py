@@ -168,12 +168,12 @@ _ARMS = {
 _TUNING = Tuning(
     pretraining={"train_images": 4000, "quads_per_subset": 1, "eval_images": 1, "detail": 0.5},
     pretraining_epochs=3,
-    data={"train_images": 200, "quads_per_subset": 100, "eval_images": 200},
-    epochs=13,
+    data={"train_images": 400, "quads_per_subset": 100, "eval_images": 200},
+    epochs=7,
     arms=_ARMS,
     baselines=("plain",),
 )
-_FAST = replace(_TUNING, pretraining={**_TUNING.pretraining, "train_images": 2000}, pretraining_epochs=1, epochs=4)
+_FAST = replace(_TUNING, pretraining={**_TUNING.pretraining, "train_images": 2000}, pretraining_epochs=1, epochs=3)
 
 #: What `--tune` tries, twelve settings for each arm that trains.
 _TRIED: dict[str, dict[str, tuple[float, ...]]] = {
@@ -209,7 +209,7 @@ def experiment(*, fast: bool = False, tune: bool = False) -> Experiment:
         setup = replace(setup, arms=candidates(), baselines=())
     return Experiment(
         name="eqsim_clip-tune" if tune else "eqsim_clip",
-        title=f"CLIP fine-tuned on 200 captioned scenes: scores on {'validation' if tune else 'test'} quadruples",
+        title=f"CLIP fine-tuned on 400 captioned scenes: scores on {'validation' if tune else 'test'} quadruples",
         arms={name: arm.title for name, arm in setup.arms.items()},
         metrics=_METRICS,
         run=partial(setup.run, split="val" if tune else "test"),

@@ -78,6 +78,15 @@ def test_official_splits_validate_on_test(tmp_path, dataset):
     assert evaluated_on(data.predict_dataloader()) == TEST
 
 
+def test_captions_are_in_alphabetical_order(tmp_path):
+    data = karpathy(tmp_path)
+    sentences = [{"raw": f"{letter} dog"} for letter in "hgfedcbaabc"]
+    change_image(data.annotation, sentences=sentences)
+    data.setup("fit")
+    texts = [row["text"] for row in data.datasets["train"][0] if row["image_id"] == 50]
+    assert texts == [f"{letter} dog" for letter in "abcdefgh"]
+
+
 def test_restval_joins_training_if_asked_for(tmp_path):
     assert trained_on(karpathy(tmp_path, "coco", use_restval=True)) == sorted([*TRAIN, ("hen", 20, 52)])
     with pytest.raises(ValueError, match="use_restval is for COCO; flickr30k has no such split"):

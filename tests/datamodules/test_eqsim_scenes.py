@@ -17,7 +17,6 @@ from lightning_methods.datamodules import (
 )
 from lightning_methods.datamodules._eqben_files import EQBEN_SUBSETS
 from lightning_methods.datamodules._scenes import VALUES, Scene, changed, describe, draw_scene, render
-from lightning_methods.datamodules._text_image import read_image
 from lightning_methods.datamodules.eqsim_scenes import CHANGES
 
 PLAIN = Scene("two", "large", "solid", "red", "square", "at the top", "black")
@@ -144,12 +143,19 @@ class TestEqBen:
             assert [field for field in VALUES if first[field] != second[field]] == [list(CHANGES.values())[subset]]
             assert not torch.equal(image0, image1)
 
-    def test_arrays_hold_blue_first(self, written):
-        path = next((written / "images/eqbenyoucook2").rglob("*.npy"))
-        raw, read = np.load(path), np.array(read_image(str(path)))
-        assert (raw[:, :, ::-1] == read).all()
-        assert not (raw == read).all()
-        assert sum(path.suffix == ".npy" for path in (written / "images").rglob("*.*")) == 10
+    def test_arrays_hold_blue_first(self, tmp_path):
+        SyntheticEqBen(image_size=16).write_eqben(tmp_path, quads_per_subset=20)
+        quads = json.loads((tmp_path / "annotation/private_info_global.json").read_text())
+        found = []
+        for quad in quads:
+            if not quad["image0"].endswith(".npy"):
+                continue
+            blue, _, red = np.load(tmp_path / "images" / quad["image0"]).astype(float).mean((0, 1))
+            words = quad["caption0"].split()
+            found += [(red > blue) == ("red" in words)] if {"red", "blue"} & set(words) else []
+        assert all(found)
+        assert len(found) > 5
+        assert sum(path.suffix == ".npy" for path in (tmp_path / "images").rglob("*.*")) == 40
 
     def test_numbers_decide_the_files(self, written, tmp_path):
         for seed, same in ((4, True), (5, False)):
