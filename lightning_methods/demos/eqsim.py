@@ -104,10 +104,14 @@ _COSINES = {"activation": None, "margin": 0.0}
 _ARMS = {
     "plain": Arm("plain", "the symmetric contrastive loss alone"),
     "cyclip": Arm("CyCLIP", "both of its consistency penalties on cosines", {"mode": "cyclic", "weight": 0.3}),
-    "eqsim": Arm("EqSim", "close and far pairs of cosines", {**_COSINES, "weight": 10.0, "num_samples": 4}),
-    "all-pairs": Arm("all pairs", "EqSim over all pairs of a batch", {**_COSINES, "mode": "all_pairs", "weight": 10.0}),
+    "eqsim": Arm("EqSim", "close and far pairs of cosines", {**_COSINES, "weight": 10.0, "num_samples": 16}),
+    "all-pairs": Arm(
+        "all pairs",
+        "EqSim over all pairs of a batch",
+        {**_COSINES, "mode": "all_pairs", "weight": 10.0, "group_side": False},
+    ),
     "released": Arm("released", "EqSim as in the authors' command: softmax, weight 0.5, margin 0.1", {}),
-    "strong": Arm("too strong", "EqSim at eight times the weight", {**_COSINES, "weight": 80.0}),
+    "strong": Arm("too strong", "EqSim at eight times its weight", {**_COSINES, "weight": 80.0, "num_samples": 16}),
 }
 
 WORLDS = {

@@ -25,7 +25,7 @@ class DualEncoder(LightningModule):
         weight_decay: Of the matrices alone.
     """
 
-    def __init__(self, features: int = 64, lr: float = 1e-3, weight_decay: float = 1.0) -> None:
+    def __init__(self, features: int = 64, lr: float = 2e-3, weight_decay: float = 2.0) -> None:
         super().__init__()
         self.lr = lr
         self.weight_decay = weight_decay
