@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from lightning_methods.attach import Method
 from lightning_methods.attach._lightning import MisconfigurationException
-from lightning_methods.callbacks import AdaClustFormer, AlignBeforeFuse, IKLDistillation, TrajectoryWordAlignment
+from lightning_methods.callbacks import AdaClustFormer, AlignBeforeFuse, EqSim, IKLDistillation, TrajectoryWordAlignment
 
 
 class MethodMixin:
@@ -104,6 +104,13 @@ def _joined(configure: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
 
 #: Outside of the modules: a deep copy of a module must not copy its callbacks and their teachers.
 _CALLBACKS: WeakKeyDictionary[MethodMixin, dict[type[MethodMixin], Any]] = WeakKeyDictionary()
+
+
+class EqSimMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.EqSim`; settings in `eqsim`."""
+
+    method = EqSim
+    settings = "eqsim"
 
 
 class IKLDistillationMixin(MethodMixin):

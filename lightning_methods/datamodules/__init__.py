@@ -8,24 +8,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_methods.datamodules._clips import load_clip
-    from lightning_methods.datamodules.acf import CocoCaptionDataModule
-    from lightning_methods.datamodules.acf_worlds import PhrasesDataModule
+    from lightning_methods.datamodules._clips import (
+        load_clip,
+    )
+    from lightning_methods.datamodules.acf import (
+        CocoCaptionDataModule,
+    )
+    from lightning_methods.datamodules.acf_worlds import (
+        PhrasesDataModule,
+    )
     from lightning_methods.datamodules.eqsim import (
         EqBenDataModule,
         RetrievalDataModule,
         ValseDataModule,
         WinogroundDataModule,
     )
-    from lightning_methods.datamodules.eqsim_scenes import SyntheticEqBen, SyntheticEqBenDataModule
+    from lightning_methods.datamodules.eqsim_scenes import (
+        SyntheticEqBen,
+        SyntheticEqBenDataModule,
+    )
+    from lightning_methods.datamodules.eqsim_worlds import (
+        MinimalChangeDataModule,
+    )
     from lightning_methods.datamodules.ikl import (
         CIFAR100DistillDataModule,
         ImageNetDataModule,
         ImageNetLTDataModule,
     )
-    from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
-    from lightning_methods.datamodules.twbert import VideoQADataModule, VideoTextDataModule
-    from lightning_methods.datamodules.twbert_worlds import ObjectStatesDataModule
+    from lightning_methods.datamodules.ikl_worlds import (
+        DigitsDataModule,
+        SuperclassDataModule,
+    )
+    from lightning_methods.datamodules.twbert import (
+        VideoQADataModule,
+        VideoTextDataModule,
+    )
+    from lightning_methods.datamodules.twbert_worlds import (
+        ObjectStatesDataModule,
+    )
 
 __all__ = [
     "CIFAR100DistillDataModule",
@@ -34,6 +54,7 @@ __all__ = [
     "EqBenDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "MinimalChangeDataModule",
     "ObjectStatesDataModule",
     "PhrasesDataModule",
     "RetrievalDataModule",
@@ -54,6 +75,7 @@ _FILES = {
     "EqBenDataModule": "eqsim",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "MinimalChangeDataModule": "eqsim_worlds",
     "ObjectStatesDataModule": "twbert_worlds",
     "PhrasesDataModule": "acf_worlds",
     "RetrievalDataModule": "eqsim",

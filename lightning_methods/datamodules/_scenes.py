@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,12 +37,13 @@ VALUES: Mapping[str, tuple[str, ...]] = {
 _NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 _COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (60, 90, 230), "yellow": (225, 190, 40)}
 _GROUNDS = {"black": 20, "grey": 120, "white": 235}
+#: Ways to say the same, in five orders of the words.
 _SAYINGS = (
-    "{number} {size} {fill} {colour} {shape} {place} on {ground} ground",
-    "{place} {number} {colour} {shape} {size} and {fill} on {ground} ground",
-    "on {ground} ground there are {number} {fill} {size} {colour} {shape} {place}",
-    "{colour} {fill} {shape} {number} of them and {size} {place} on {ground} ground",
-    "a picture of {number} {size} {colour} {shape} that are {fill} {place} on {ground} ground",
+    "{number} {size} {fill} {colour} {shape} {place} {ground}",
+    "{place} {number} {colour} {shape} {size} {fill} {ground}",
+    "{ground} {number} {fill} {size} {colour} {shape} {place}",
+    "{colour} {fill} {shape} {number} {size} {place} {ground}",
+    "{number} {size} {colour} {shape} {fill} {ground} {place}",
 )
 _TAIL = 0.5  # each value is so much rarer than the one before it
 _SCALE = 4  # shapes are drawn so much larger and then reduced, which smooths their edges
@@ -70,16 +71,25 @@ def changed(scene: Scene, field: str, random: np.random.Generator) -> Scene:
     return scene._replace(**change)
 
 
-def describe(scene: Scene, saying: int = 0) -> str:
+def describe(scene: Scene, saying: int = 0, omitted: Collection[str] = ()) -> str:
     """A caption of the scene.
 
+    Args:
+        scene: What to describe.
+        saying: In which order, 0 to 4.
+        omitted: Fields that it does not mention.
+
     Example:
-        >>> describe(Scene("two", "small", "solid", "red", "circle", "on the left", "grey"))
-        'two small solid red circles on the left on grey ground'
+        >>> scene = Scene("two", "small", "solid", "red", "circle", "on the left", "grey")
+        >>> describe(scene)
+        'two small solid red circles on the left against grey'
+        >>> describe(scene, 1, omitted=["size", "ground"])
+        'on the left two red circles solid'
     """
     plural = {"cross": "crosses"}.get(scene.shape, f"{scene.shape}s")
-    words = scene._asdict() | {"shape": scene.shape if scene.number == "one" else plural}
-    return _SAYINGS[saying % len(_SAYINGS)].format(**words)
+    shape = scene.shape if scene.number == "one" else plural
+    words = scene._asdict() | {"shape": shape, "ground": f"against {scene.ground}"} | dict.fromkeys(omitted, "")
+    return " ".join(_SAYINGS[saying].format(**words).split())
 
 
 def render(groups: Sequence[Scene], seed: int, size: int) -> Pixels:

@@ -381,5 +381,6 @@ def _listed(given: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
 
 
 def _located(columns: Mapping[str, Sequence[str]], root: Path, annotation: Path, layout: str) -> dict[str, list[str]]:
-    found = locate_images((name for names in columns.values() for name in names), root, annotation, layout)
+    names_of_rows = (name for row in zip(*columns.values(), strict=True) for name in row)
+    found = locate_images(names_of_rows, root, annotation, layout)
     return {key: [found[name] for name in names] for key, names in columns.items()}

@@ -56,7 +56,7 @@ class SyntheticEqBen:
         >>> data.setup("test")
         >>> batch = next(iter(data.test_dataloader()))
         >>> batch["image0"].shape, batch["caption0"], batch["caption1"]  # doctest: +ELLIPSIS
-        (torch.Size([1, 3, 32, 32]), ['... ground'], ['... ground'])
+        (torch.Size([1, 3, 32, 32]), ['... against ...'], ['... against ...'])
     """
 
     def __init__(self, seed: int = 0, image_size: int = 32) -> None:
@@ -139,9 +139,16 @@ class SyntheticEqBen:
         _write(Path(root) / "counting.json", content)
 
     def write_retrieval(
-        self, root: str | Path, dataset: CaptionedDataset = "flickr30k", *, train: int = 32, val: int = 8, test: int = 8
+        self,
+        root: str | Path,
+        dataset: CaptionedDataset = "flickr30k",
+        *,
+        train: int = 32,
+        val: int = 8,
+        test: int = 8,
+        detail: float = 1.0,
     ) -> None:
-        """Writes `dataset_<dataset>.json` and its images, each with five captions in different words.
+        """Writes `dataset_<dataset>.json` and its images, each with five captions in different orders of the words.
 
         In every field of a scene some values are frequent and some rare. COCO's split "restval" gets as many images as
         "val".
@@ -152,6 +159,8 @@ class SyntheticEqBen:
             train: Images to train on.
             val: Images to validate on.
             test: Images to test on.
+            detail: Share of a scene's fields that each training caption mentions, drawn anew for each; the captions of
+                "val" and "test" mention all.
         """
         restval = val if dataset == "coco" else 0
         splits = ["train"] * train + ["restval"] * restval + ["val"] * val + ["test"] * test
@@ -162,13 +171,19 @@ class SyntheticEqBen:
             scene = draw_scene(random, tail=True)
             self._save(_folder(root, folder) / name, [scene], int(random.integers(2**31)))
             ids = [_CAPTIONS * number + saying for saying in range(_CAPTIONS)]
+            share = detail if split in ("train", "restval") else 1.0
+            texts = [describe(scene, saying, self._omitted(random, share)) for saying in range(_CAPTIONS)]
             sentences = [
-                {"raw": text, "tokens": text.split(), "imgid": number, "sentid": ids[saying]}
-                for saying, text in enumerate(describe(scene, saying) for saying in range(_CAPTIONS))
+                {"raw": text, "tokens": text.split(), "imgid": number, "sentid": sentence}
+                for sentence, text in zip(ids, texts, strict=True)
             ]
             image = {"filename": name, "imgid": number, "split": split, "sentids": ids, "sentences": sentences}
             listed.append(image | ({"filepath": folder} if dataset == "coco" else {}))
         _write(Path(root) / f"dataset_{dataset}.json", {"dataset": dataset, "images": listed})
+
+    @staticmethod
+    def _omitted(random: np.random.Generator, detail: float) -> list[str]:
+        return [field for field in Scene._fields if random.random() >= detail]
 
     def _quad(self, images: Path, subset: str, field: str, number: int, random: np.random.Generator) -> dict[str, str]:
         first = draw_scene(random, tail=False)
@@ -199,10 +214,10 @@ class SyntheticEqBen:
 class SyntheticEqBenDataModule(LightningDataModule):
     """Rendered scenes to train on as in Flickr30K, and to validate and test on as in EqBen.
 
-    Training batches are {"image", "text", "image_id"}; an image has five captions in different words, and in every
-    field of a scene some values are rarer than others. Validation and test batches are quadruples, as in
-    `EqBenDataModule`, of seven subsets that each change one thing, with all values equally frequent. Captions and
-    images of a retrieval test are in `retrieval.test_dataloader()`.
+    Training batches are {"image", "text", "image_id"}; an image has five captions in different orders of the words, and
+    in every field of a scene some values are rarer than others. Validation and testing have three loaders: quadruples
+    as in `EqBenDataModule`, of seven subsets that each change one thing, with all values equally frequent; and images
+    and captions of a retrieval test, as in `RetrievalDataModule`.
 
     The files are written once, in the first `prepare_data`, into `root/seed-<seed>`.
 
@@ -210,18 +225,19 @@ class SyntheticEqBenDataModule(LightningDataModule):
         root: Folder to write into.
         train_images: Images to train on, each with five captions.
         quads_per_subset: Quadruples in each subset, of validation and again of test.
-        test_images: Images of the retrieval test.
+        eval_images: Images of the retrieval test, of validation and again of test.
+        detail: Share of a scene's fields that a training caption mentions, above 0 and up to 1.
         image_size: Side of the images in pixels, at least 8.
         tokenizer: As in `EqBenDataModule`.
-        batch_size: Captions per training batch; evaluation takes four times as many.
+        batch_size: Samples per batch and process.
         seed: Seed of everything that is drawn at random.
 
     Attributes:
         subset_names: The seven subsets, in the order of their numbers in a batch.
 
     Raises:
-        ValueError: A number is below 1, or `image_size` below 8. In `prepare_data`: what stands in the folder was
-            written with other numbers.
+        ValueError: A number is below 1, `image_size` below 8, or `detail` outside (0, 1]. In `prepare_data`: what
+            stands in the folder was written with other numbers.
     """
 
     def __init__(
@@ -229,21 +245,23 @@ class SyntheticEqBenDataModule(LightningDataModule):
         root: str | Path,
         train_images: int = 1000,
         quads_per_subset: int = 100,
-        test_images: int = 200,
+        eval_images: int = 200,
+        detail: float = 1.0,
         image_size: int = 32,
         tokenizer: Tokenizer | str | None = None,
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        counts = {"train_images": train_images, "quads_per_subset": quads_per_subset, "test_images": test_images}
+        counts = {"train_images": train_images, "quads_per_subset": quads_per_subset, "eval_images": eval_images}
         for name, value in (*counts.items(), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < detail <= 1:
+            raise ValueError(f"detail must be above 0 and at most 1, got {detail}")
         self.folder = Path(root).expanduser() / f"seed-{seed}"
-        self.counts = counts | {"image_size": image_size, "seed": seed}
-        self.world = SyntheticEqBen(seed, image_size)
-        self.image_size = image_size
+        self.settings: dict[str, Any] = {**counts, "detail": detail, "image_size": image_size, "seed": seed}
+        self.world, self.unseen = SyntheticEqBen(seed, image_size), SyntheticEqBen(seed + 2**20, image_size)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.subset_names = tuple(CHANGES)
@@ -252,56 +270,48 @@ class SyntheticEqBenDataModule(LightningDataModule):
         """Writes the files, unless they are there."""
         if self.folder.exists():
             there = json.loads((self.folder / "written.json").read_text())
-            if there != self.counts:
-                raise ValueError(f"{self.folder} was written with {there}, not with {self.counts}; choose another root")
+            if there != self.settings:
+                raise ValueError(f"{self.folder} holds {there}, but {self.settings} are asked for; choose another root")
             return
         temporary = self.folder.with_name(f".{self.folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
-        test_seed = SyntheticEqBen(self.counts["seed"] + 2**20, self.image_size)
-        images, quads = self.counts["train_images"], self.counts["quads_per_subset"]
-        self.world.write_retrieval(temporary, train=images, val=1, test=self.counts["test_images"])
-        self.world.write_eqben(temporary / "val", quads)
-        test_seed.write_eqben(temporary / "test", quads)
-        _write(temporary / "written.json", self.counts)
-        temporary.rename(self.folder)  # in one step: a stopped call leaves no half of it
-
-    @cached_property
-    def retrieval(self) -> RetrievalDataModule:
-        """The captioned images: its loaders are those of a retrieval benchmark."""
-        return RetrievalDataModule(
-            self.folder,
-            self.folder / "dataset_flickr30k.json",
-            transform=self.image_size,
-            tokenizer=self.tokenizer,
-            batch_size=self.batch_size,
-            num_workers=0,
+        given, count = self.settings, self.settings["eval_images"]
+        self.world.write_retrieval(
+            temporary, train=given["train_images"], val=count, test=count, detail=given["detail"]
         )
+        self.world.write_eqben(temporary / "val", given["quads_per_subset"])
+        self.unseen.write_eqben(temporary / "test", given["quads_per_subset"])
+        _write(temporary / "written.json", self.settings)
+        temporary.rename(self.folder)  # in one step: a stopped call leaves no half of it
 
     def setup(self, stage: str) -> None:
         """Reads what was written."""
-        self.retrieval.setup(stage)
+        self._retrieval.setup(stage)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of captions with their images."""
-        return self.retrieval.train_dataloader()
+        return self._retrieval.train_dataloader()
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Batches of the validation quadruples, in order."""
-        return self._quads("val").val_dataloader()
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        """Batches of quadruples, of images and of captions, each in order."""
+        return [self._quads("val").val_dataloader(), *self._retrieval.val_dataloader()]
 
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Batches of the test quadruples, in order."""
-        return self._quads("test").test_dataloader()
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
+        """Batches of quadruples, of images and of captions, each in order."""
+        return [self._quads("test").test_dataloader(), *self._retrieval.test_dataloader()]
+
+    @cached_property
+    def _retrieval(self) -> RetrievalDataModule:
+        annotation = self.folder / "dataset_flickr30k.json"
+        return RetrievalDataModule(self.folder, annotation, batch_size=self.batch_size, **self._options())
 
     def _quads(self, split: Literal["val", "test"]) -> EqBenDataModule:
-        return EqBenDataModule(
-            self.folder / split / "images",
-            self.folder / split / "annotation" / "private_info_global.json",
-            transform=self.image_size,
-            tokenizer=self.tokenizer,
-            batch_size=4 * self.batch_size,
-            num_workers=0,
-        )
+        folder = self.folder / split
+        annotation = folder / "annotation" / "private_info_global.json"
+        return EqBenDataModule(folder / "images", annotation, batch_size=self.batch_size, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {"transform": self.world.image_size, "tokenizer": self.tokenizer, "num_workers": 0}
 
 
 def _folder(root: str | Path, name: str) -> Path:

@@ -7,9 +7,23 @@ from lightning_methods.modules.acf import (
     GridCluster,
     SpanCluster,
 )
-from lightning_methods.modules.acf_attention import AdaClusterAttention, TimmAdaClusterAttention
-from lightning_methods.modules.acf_captioner import ACFCaptioner, ACFDecoder, ACFEncoder, ACFLayer, Captions
-from lightning_methods.modules.ikl import IKLLoss
+from lightning_methods.modules.acf_attention import (
+    AdaClusterAttention,
+    TimmAdaClusterAttention,
+)
+from lightning_methods.modules.acf_captioner import (
+    ACFCaptioner,
+    ACFDecoder,
+    ACFEncoder,
+    ACFLayer,
+    Captions,
+)
+from lightning_methods.modules.eqsim import (
+    EqSimLoss,
+)
+from lightning_methods.modules.ikl import (
+    IKLLoss,
+)
 from lightning_methods.modules.twbert import (
     HierarchicalFrameSelector,
     MomentumQueue,
@@ -17,7 +31,10 @@ from lightning_methods.modules.twbert import (
     TrajectoryWordEncoder,
     TrajectoryWordLayer,
 )
-from lightning_methods.modules.twbert_dropin import TimmTrajectoryWordAttention, TrajectoryWordSelfAttention
+from lightning_methods.modules.twbert_dropin import (
+    TimmTrajectoryWordAttention,
+    TrajectoryWordSelfAttention,
+)
 
 __all__ = [
     "ACFCaptioner",
@@ -29,6 +46,7 @@ __all__ = [
     "Captions",
     "ClusterLayer",
     "ClusterState",
+    "EqSimLoss",
     "GridCluster",
     "HierarchicalFrameSelector",
     "IKLLoss",
