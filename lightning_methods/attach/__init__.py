@@ -7,6 +7,7 @@ from lightning_methods.attach.address import AddressError, AddressLike, address,
 from lightning_methods.attach.method import Method
 from lightning_methods.attach.ramp import Ramp
 from lightning_methods.attach.step import Step
+from lightning_methods.attach.surgery import Parts
 from lightning_methods.attach.teacher import Teacher
 
-__all__ = ["AddressError", "AddressLike", "Method", "Ramp", "Step", "Teacher", "address", "computed"]
+__all__ = ["AddressError", "AddressLike", "Method", "Parts", "Ramp", "Step", "Teacher", "address", "computed"]
