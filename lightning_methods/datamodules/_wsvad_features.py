@@ -1,5 +1,6 @@
 """Features of videos that were extracted before, one .npy file a video."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -85,6 +86,18 @@ def average_bins(rows: Any, bins: int) -> Any:
     return sums / np.diff(edges).clip(min=1).astype(rows.dtype)[:, None]
 
 
+def check_file_name(file_name: str) -> None:
+    """Has a place for the video's name, and for nothing else."""
+    try:
+        fits = file_name.format(name="a", stem="a") != file_name.format(name="b", stem="b")
+    except (LookupError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"file_name must have a place for {{name}} or {{stem}}, such as '{{name}}.npy', got {file_name!r}"
+        )
+
+
 def find_features(
     records: Sequence[VideoRecord],
     root: Path,
@@ -96,9 +109,14 @@ def find_features(
 
     Raises:
         FileNotFoundError: Files are missing; the message counts them and shows the first.
-        ValueError: A file is damaged or has another shape, or, with `frames_per_row`, as many rows as a video of
-            another length.
+        ValueError: Two videos have one name; a file is damaged or has another shape, or, with `frames_per_row`, as many
+            rows as a video of another length.
     """
+    name, times = Counter(record.name for record in records).most_common(1)[0]
+    if times > 1:
+        raise ValueError(
+            f"{times} videos of the list are called {name}, so a feature file cannot say which it belongs to"
+        )
     paths = [root / file_name.format(name=record.name, stem=Path(record.name).stem) for record in records]
     missing = [path for path in paths if not path.is_file()]
     if missing:

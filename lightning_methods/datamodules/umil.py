@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_methods.datamodules._base import LightningDataModule
 from lightning_methods.datamodules._video_files import VideoKind
 from lightning_methods.datamodules._wsvad_clips import CellClips, ClipShape, FixedClips, TrainingClips, VideoFolder
-from lightning_methods.datamodules._wsvad_features import FeatureBags, FeatureLayout, find_features
+from lightning_methods.datamodules._wsvad_features import FeatureBags, FeatureLayout, check_file_name, find_features
 from lightning_methods.datamodules._wsvad_lists import annotate
 from lightning_methods.datamodules._wsvad_lists import read_temporal_annotations as read_temporal_annotations
 from lightning_methods.datamodules._wsvad_lists import read_wsvad_list as read_wsvad_list
@@ -166,6 +166,7 @@ class SnippetFeatureDataModule(_BagDataModule):
         super().__init__(
             root, train_list, test_list, val_list, annotations, batch_size, num_snippets, num_workers, seed
         )
+        check_file_name(file_name)
         if layout not in get_args(FeatureLayout):
             raise ValueError(f"layout must be one of {get_args(FeatureLayout)}, got {layout!r}")
         if strong_view and layout == "kd":
