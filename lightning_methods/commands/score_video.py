@@ -208,9 +208,10 @@ def _draw(name: str, pieces: FramePieces, spans: Sequence[tuple[int, int]], path
     axes.stairs(pieces.values.tolist(), edges, baseline=None, color="C0", label="score")
     if pieces.values.min() >= 0 and pieces.values.max() <= 1:
         axes.set_ylim(-0.02, 1.02)
-    axes.set(xlim=(0, edges[-1]), xlabel="frame", ylabel="score", title=name)
+    axes.set(xlim=(0, edges[-1]), xlabel="frame", ylabel="score")
+    axes.set_title(name, loc="left")
     if spans:
-        axes.legend(loc="upper right")
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 
