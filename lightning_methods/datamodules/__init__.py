@@ -46,6 +46,14 @@ if TYPE_CHECKING:
     from lightning_methods.datamodules.twbert_worlds import (
         ObjectStatesDataModule,
     )
+    from lightning_methods.datamodules.umil import (
+        SnippetFeatureDataModule,
+        TADDataModule,
+        UCFCrimeDataModule,
+        VideoRecord,
+        read_temporal_annotations,
+        read_wsvad_list,
+    )
 
 __all__ = [
     "CIFAR100DistillDataModule",
@@ -58,14 +66,20 @@ __all__ = [
     "ObjectStatesDataModule",
     "PhrasesDataModule",
     "RetrievalDataModule",
+    "SnippetFeatureDataModule",
     "SuperclassDataModule",
     "SyntheticEqBen",
     "SyntheticEqBenDataModule",
+    "TADDataModule",
+    "UCFCrimeDataModule",
     "ValseDataModule",
     "VideoQADataModule",
+    "VideoRecord",
     "VideoTextDataModule",
     "WinogroundDataModule",
     "load_clip",
+    "read_temporal_annotations",
+    "read_wsvad_list",
 ]
 
 _FILES = {
@@ -79,14 +93,20 @@ _FILES = {
     "ObjectStatesDataModule": "twbert_worlds",
     "PhrasesDataModule": "acf_worlds",
     "RetrievalDataModule": "eqsim",
+    "SnippetFeatureDataModule": "umil",
     "SuperclassDataModule": "ikl_worlds",
     "SyntheticEqBen": "eqsim_scenes",
     "SyntheticEqBenDataModule": "eqsim_scenes",
+    "TADDataModule": "umil",
+    "UCFCrimeDataModule": "umil",
     "ValseDataModule": "eqsim",
     "VideoQADataModule": "twbert",
+    "VideoRecord": "umil",
     "VideoTextDataModule": "twbert",
     "WinogroundDataModule": "eqsim",
     "load_clip": "_clips",
+    "read_temporal_annotations": "umil",
+    "read_wsvad_list": "umil",
 }
 
 

@@ -18,7 +18,10 @@ from lightning_methods.functional.acf_captions import (
     cider_d,
     document_frequency,
 )
-from lightning_methods.functional.acf_grid import GridClusterResult, grid_cluster_matrix
+from lightning_methods.functional.acf_grid import (
+    GridClusterResult,
+    grid_cluster_matrix,
+)
 from lightning_methods.functional.acf_lean import (
     NeighborLinks,
     neighbor_cluster_attention,
@@ -32,8 +35,14 @@ from lightning_methods.functional.acf_losses import (
     prefix_mask_rows,
     self_critical_loss,
 )
-from lightning_methods.functional.acf_neighbors import NeighborClusterResult, neighbor_cluster_matrix
-from lightning_methods.functional.class_probs import accumulate_class_probs, normalize_class_probs
+from lightning_methods.functional.acf_neighbors import (
+    NeighborClusterResult,
+    neighbor_cluster_matrix,
+)
+from lightning_methods.functional.class_probs import (
+    accumulate_class_probs,
+    normalize_class_probs,
+)
 from lightning_methods.functional.eqsim import (
     EqSimTerms,
     eqsim_all_pairs_loss,
@@ -41,8 +50,13 @@ from lightning_methods.functional.eqsim import (
     eqsim_itm_loss,
     eqsim_quad_loss,
 )
-from lightning_methods.functional.eqsim_consistency import cross_modal_consistency_loss, in_modal_consistency_loss
-from lightning_methods.functional.eqsim_sampling import eqsim_sample_close
+from lightning_methods.functional.eqsim_consistency import (
+    cross_modal_consistency_loss,
+    in_modal_consistency_loss,
+)
+from lightning_methods.functional.eqsim_sampling import (
+    eqsim_sample_close,
+)
 from lightning_methods.functional.eqsim_scores import (
     FoilScores,
     GroupScores,
@@ -62,8 +76,17 @@ from lightning_methods.functional.ikl import (
     pairwise_wmse,
     soft_target_cross_entropy,
 )
-from lightning_methods.functional.proreg import ProRegTerms, proreg_loss, proreg_terms, proreg_weight
-from lightning_methods.functional.proreg_prompts import fill_prompts, prompt_logits, prompt_text_features
+from lightning_methods.functional.proreg import (
+    ProRegTerms,
+    proreg_loss,
+    proreg_terms,
+    proreg_weight,
+)
+from lightning_methods.functional.proreg_prompts import (
+    fill_prompts,
+    prompt_logits,
+    prompt_text_features,
+)
 from lightning_methods.functional.stillmix import (
     FrameBiasScores,
     StillMixDraw,
@@ -82,7 +105,9 @@ from lightning_methods.functional.stillmix_baselines import (
     videomix,
     videomix_box,
 )
-from lightning_methods.functional.stillmix_fame import fame_foreground_mask
+from lightning_methods.functional.stillmix_fame import (
+    fame_foreground_mask,
+)
 from lightning_methods.functional.stillmix_stripes import (
     StripesDraw,
     random_stripes,
@@ -95,7 +120,11 @@ from lightning_methods.functional.twbert import (
     trajectory_pool,
     trajectory_word_attention,
 )
-from lightning_methods.functional.twbert_frames import FrameSelection, perturbed_topk, select_frames
+from lightning_methods.functional.twbert_frames import (
+    FrameSelection,
+    perturbed_topk,
+    select_frames,
+)
 from lightning_methods.functional.twbert_losses import (
     MaskedTokens,
     fine_grained_contrastive_loss,
@@ -104,7 +133,19 @@ from lightning_methods.functional.twbert_losses import (
     video_text_contrastive_loss,
     video_text_matching_loss,
 )
-from lightning_methods.functional.twbert_retrieval import retrieval_ranks, two_stage_retrieval_metrics
+from lightning_methods.functional.twbert_retrieval import (
+    retrieval_ranks,
+    two_stage_retrieval_metrics,
+)
+from lightning_methods.functional.umil_frames import (
+    FramePieces,
+    VideoRecord,
+    frame_level_pieces,
+    frame_level_scores,
+    piecewise_auroc,
+    piecewise_average_precision,
+    snippet_cell_index,
+)
 
 __all__ = [
     "BleuResult",
@@ -114,6 +155,7 @@ __all__ = [
     "EqSimTerms",
     "FoilScores",
     "FrameBiasScores",
+    "FramePieces",
     "FrameSelection",
     "GridClusterResult",
     "GroupScores",
@@ -131,6 +173,7 @@ __all__ = [
     "TrajectoryResult",
     "TrajectoryWordResult",
     "VideoMixBox",
+    "VideoRecord",
     "accumulate_class_probs",
     "actor_cutmix",
     "background_erase",
@@ -156,6 +199,8 @@ __all__ = [
     "fine_grained_contrastive_loss",
     "foil_scores",
     "frame_bias_scores",
+    "frame_level_pieces",
+    "frame_level_scores",
     "gkl_loss",
     "grid_cluster_matrix",
     "ikl_loss",
@@ -171,6 +216,8 @@ __all__ = [
     "pair_group_scores",
     "pairwise_wmse",
     "perturbed_topk",
+    "piecewise_auroc",
+    "piecewise_average_precision",
     "prefix_mask_rows",
     "prompt_logits",
     "prompt_text_features",
@@ -187,6 +234,7 @@ __all__ = [
     "select_frames",
     "self_critical_loss",
     "sinusoidal_stripes",
+    "snippet_cell_index",
     "soft_target_cross_entropy",
     "span_cluster_attention",
     "span_cluster_matrix",

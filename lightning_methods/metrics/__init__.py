@@ -21,6 +21,11 @@ from lightning_methods.metrics.twbert import (
     TextVideoRecall,
     TwoStageRecall,
 )
+from lightning_methods.metrics.umil import (
+    FrameLevelAUROC,
+    FrameLevelAveragePrecision,
+    FrameLevelFalseAlarmRate,
+)
 
 __all__ = [
     "CaptionBLEU",
@@ -29,6 +34,9 @@ __all__ = [
     "EqBenScore",
     "EquivarianceGap",
     "FoilScore",
+    "FrameLevelAUROC",
+    "FrameLevelAveragePrecision",
+    "FrameLevelFalseAlarmRate",
     "PairGroupScore",
     "RetrievalRecall",
     "ShotAccuracy",
