@@ -1,5 +1,6 @@
 """Modules that own parameters, buffers or hyperparameters of a method."""
 
 from lightning_methods.modules.ikl import IKLLoss
+from lightning_methods.modules.umil import ClusterHead, SnippetHistory
 
-__all__ = ["IKLLoss"]
+__all__ = ["ClusterHead", "IKLLoss", "SnippetHistory"]
