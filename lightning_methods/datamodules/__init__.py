@@ -14,13 +14,27 @@ if TYPE_CHECKING:
         ImageNetLTDataModule,
     )
     from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
+    from lightning_methods.datamodules.umil import (
+        SnippetFeatureDataModule,
+        TADDataModule,
+        UCFCrimeDataModule,
+        VideoRecord,
+        read_temporal_annotations,
+        read_wsvad_list,
+    )
 
 __all__ = [
     "CIFAR100DistillDataModule",
     "DigitsDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "SnippetFeatureDataModule",
     "SuperclassDataModule",
+    "TADDataModule",
+    "UCFCrimeDataModule",
+    "VideoRecord",
+    "read_temporal_annotations",
+    "read_wsvad_list",
 ]
 
 _FILES = {
@@ -28,7 +42,13 @@ _FILES = {
     "DigitsDataModule": "ikl_worlds",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "SnippetFeatureDataModule": "umil",
     "SuperclassDataModule": "ikl_worlds",
+    "TADDataModule": "umil",
+    "UCFCrimeDataModule": "umil",
+    "VideoRecord": "umil",
+    "read_temporal_annotations": "umil",
+    "read_wsvad_list": "umil",
 }
 
 

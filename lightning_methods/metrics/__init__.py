@@ -1,5 +1,14 @@
 """Metrics of the methods: torchmetrics classes whose states merge over ranks."""
 
 from lightning_methods.metrics.ikl import ClassMargin, ShotAccuracy, ShotScores, TeacherAgreement
+from lightning_methods.metrics.umil import FrameLevelAUROC, FrameLevelAveragePrecision, FrameLevelFalseAlarmRate
 
-__all__ = ["ClassMargin", "ShotAccuracy", "ShotScores", "TeacherAgreement"]
+__all__ = [
+    "ClassMargin",
+    "FrameLevelAUROC",
+    "FrameLevelAveragePrecision",
+    "FrameLevelFalseAlarmRate",
+    "ShotAccuracy",
+    "ShotScores",
+    "TeacherAgreement",
+]
