@@ -123,7 +123,7 @@ class Method(Callback):
         the context.
 
         Args:
-            inputs: What `forward` is called with.
+            inputs: What `forward` is called with; an address among them is read in `batch`.
             batch: What `batch...` addresses are read in.
         """
         assert self._step is not None, "a method probes a module only while it is attached to it"

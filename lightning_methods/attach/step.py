@@ -18,6 +18,7 @@ from lightning_methods.attach._lightning import (
     should_log,
 )
 from lightning_methods.attach.address import (
+    Address,
     AddressError,
     AddressLike,
     AnyAddress,
@@ -241,8 +242,9 @@ class TrainingStep:
         step._method = method
         with self.recorder.set_aside():
             try:
+                values = [step[value] if isinstance(value, (Address, Computed)) else value for value in inputs]
                 with self.trainer.precision_plugin.forward_context(), self.recorder:
-                    self.module(*inputs)
+                    self.module(*values)
                 yield step
             finally:
                 step.clear()

@@ -50,6 +50,19 @@ def test_a_term_from_a_probe_trains_as_written_by_hand(where):
     assert_close(attached, by_hand)
 
 
+def test_inputs_may_be_addresses_in_the_batch():
+    class Addressed(Probing):
+        def losses(self, step):
+            with self.probe(address("batch.x"), batch={"x": step.batch[0]}) as other:
+                self.inside.append((step[self.where], other[self.where]))
+            return super().losses(step)
+
+    method = Addressed()
+    fit(Plain(), method, batches=ONE)
+    own, probed = method.inside[0]
+    assert torch.equal(own, probed)
+
+
 def test_a_module_that_calls_its_forward_by_name():
     attached, by_hand = CallsForward(), ByHandConsistency()
     fit(attached, Probing())
