@@ -1,5 +1,6 @@
 """Methods as Lightning callbacks: add one to `Trainer(callbacks=[...])`."""
 
 from lightning_methods.callbacks.ikl import IKLDistillation
+from lightning_methods.callbacks.umil import UMIL
 
-__all__ = ["IKLDistillation"]
+__all__ = ["UMIL", "IKLDistillation"]

@@ -123,14 +123,15 @@ class SnippetHistory(LocalBuffers):
     def __init__(self, num_cells_per_video: Tensor) -> None:
         super().__init__()
         check_integer("num_cells_per_video", num_cells_per_video)
-        if num_cells_per_video.ndim != 1 or not len(num_cells_per_video) or num_cells_per_video.min() < 1:
-            found = tuple(num_cells_per_video.shape)
-            raise ValueError(f"`num_cells_per_video` must be (V,), each at least 1, got shape {found}")
+        sizes = num_cells_per_video.tolist()
+        if num_cells_per_video.ndim != 1 or not sizes or min(sizes) < 1:
+            found = f"shape {tuple(num_cells_per_video.shape)}" if num_cells_per_video.ndim != 1 else sizes[:10]
+            raise ValueError(f"`num_cells_per_video` must be (V,), each at least 1, got {found}")
         num_cells = num_cells_per_video.long()
         self.register_buffer("num_cells", num_cells)
         self.register_buffer("offsets", num_cells.cumsum(0) - num_cells, persistent=False)
         for name in ("count", "mean", "m2", *self.local):
-            zeros = torch.zeros(int(num_cells.sum()), dtype=torch.float64, device=num_cells.device)
+            zeros = torch.zeros(sum(sizes), dtype=torch.float64, device=num_cells.device)
             self.register_buffer(name, zeros)
         self.make_local()
 
