@@ -179,12 +179,6 @@ class UMIL(Method):
             "sparse": weight_sparse,
             "detector_cluster": weight_detector_cluster,
         }
-        super().__init__(
-            name=name,
-            weights=weights | (detector if add_detector_terms else {}),
-            ramp=Ramp(ramp_epochs, start=start_epoch),
-            log=log,
-        )
         self.features, self.logits = address(features), address(logits)
         self.bag_labels, self.bag_ids = address(bag_labels), address(bag_ids)
         self.frame_index, self.total_frames = _both("frame_index", frame_index, "total_frames", total_frames)
@@ -213,6 +207,12 @@ class UMIL(Method):
         self.cluster_threshold = cluster_threshold
         self.weight_by_confidence = weight_by_confidence
         self._check_settings()
+        super().__init__(
+            name=name,
+            weights=weights | (detector if add_detector_terms else {}),
+            ramp=Ramp(ramp_epochs, start=start_epoch),
+            log=log,
+        )
         # The pairs of a joined batch are those of all ranks.
         self.exact_over_ranks = gather
         self._division: SnippetDivision | None = None
@@ -410,6 +410,8 @@ class UMIL(Method):
         check_choice("history", self.history, History)
         check_choice("update", self.update, Update)
         check_choice("mode", self.mode, Similarity)
+        check_choice("cluster_head", self.cluster_head, HeadKind)
+        check_range("in_features", self.in_features, 1, math.inf)
         for name in ("start_epoch", "history_warmup", "ramp_epochs"):
             check_range(name, getattr(self, name), 0, math.inf)
         check_range("similarity_threshold", self.similarity_threshold, -1, 1)
