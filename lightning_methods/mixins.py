@@ -15,7 +15,14 @@ from weakref import WeakKeyDictionary
 
 from lightning_methods.attach import Method
 from lightning_methods.attach._lightning import MisconfigurationException
-from lightning_methods.callbacks import AdaClustFormer, AlignBeforeFuse, EqSim, IKLDistillation, TrajectoryWordAlignment
+from lightning_methods.callbacks import (
+    UMIL,
+    AdaClustFormer,
+    AlignBeforeFuse,
+    EqSim,
+    IKLDistillation,
+    TrajectoryWordAlignment,
+)
 
 
 class MethodMixin:
@@ -139,3 +146,8 @@ class AlignBeforeFuseMixin(MethodMixin):
 
     method = AlignBeforeFuse
     settings = "twbert_align"
+class UMILMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.UMIL`; settings in `umil`."""
+
+    method = UMIL
+    settings = "umil"

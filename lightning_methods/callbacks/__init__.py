@@ -13,8 +13,12 @@ from lightning_methods.callbacks.twbert import (
     AlignBeforeFuse,
     TrajectoryWordAlignment,
 )
+from lightning_methods.callbacks.umil import (
+    UMIL,
+)
 
 __all__ = [
+    "UMIL",
     "AdaClustFormer",
     "AlignBeforeFuse",
     "EqSim",

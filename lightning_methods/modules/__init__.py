@@ -35,6 +35,14 @@ from lightning_methods.modules.twbert_dropin import (
     TimmTrajectoryWordAttention,
     TrajectoryWordSelfAttention,
 )
+from lightning_methods.modules.umil import (
+    ClusterHead,
+    SnippetHistory,
+)
+from lightning_methods.modules.umil_division import (
+    DivisionFigures,
+    SnippetDivision,
+)
 
 __all__ = [
     "ACFCaptioner",
@@ -44,13 +52,17 @@ __all__ = [
     "AdaClusterAttention",
     "AnnotatedLayerNorm",
     "Captions",
+    "ClusterHead",
     "ClusterLayer",
     "ClusterState",
+    "DivisionFigures",
     "EqSimLoss",
     "GridCluster",
     "HierarchicalFrameSelector",
     "IKLLoss",
     "MomentumQueue",
+    "SnippetDivision",
+    "SnippetHistory",
     "SpanCluster",
     "TimmAdaClusterAttention",
     "TimmTrajectoryWordAttention",

@@ -46,7 +46,7 @@ class Everything(Method):
         image="batch.0",
         logits="module",
         pull_weight=1.0,
-        push_weight=0.5,
+        weight_push=0.5,
         ramp=None,
         task_weight=1.0,
         log=True,
@@ -54,7 +54,7 @@ class Everything(Method):
     ):
         super().__init__(
             name=name,
-            weights={"pull": pull_weight, "push": push_weight},
+            weights={"pull": pull_weight, "push": weight_push},
             ramp=ramp,
             task_weight=task_weight,
             log=log,
@@ -81,7 +81,7 @@ def bias(step):
         ({"image": "batch.0"}, "Everything()"),
         ({"logits": computed(bias, "module.net")}, "Everything(logits=<bias>)"),
         ({"pull_weight": 0.3}, "Everything(pull_weight=0.3)"),
-        ({"pull_weight": 1.0, "push_weight": 1.0}, "Everything(push_weight=1.0)"),
+        ({"pull_weight": 1.0, "weight_push": 1.0}, "Everything(weight_push=1.0)"),
         ({"ramp": Ramp(3)}, "Everything(ramp=Ramp(length=3, start=0, unit='epoch'))"),
         ({"task_weight": 0.0, "log": False, "name": "b"}, "Everything(task_weight=0.0, log=False, name='b')"),
         ({"log": "epoch"}, "Everything(log='epoch')"),
