@@ -146,6 +146,8 @@ class AlignBeforeFuseMixin(MethodMixin):
 
     method = AlignBeforeFuse
     settings = "twbert_align"
+
+
 class UMILMixin(MethodMixin):
     """Carries `lightning_methods.callbacks.UMIL`; settings in `umil`."""
 
