@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from lightning_methods.attach import Method
 from lightning_methods.attach._lightning import MisconfigurationException
-from lightning_methods.callbacks import IKLDistillation
+from lightning_methods.callbacks import IKLDistillation, ProReg
 
 
 class MethodMixin:
@@ -111,3 +111,10 @@ class IKLDistillationMixin(MethodMixin):
 
     method = IKLDistillation
     settings = "ikl"
+
+
+class ProRegMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.ProReg`; settings in `proreg`."""
+
+    method = ProReg
+    settings = "proreg"
