@@ -76,8 +76,8 @@ class ProReg(Method):
         2301.12429), after the authors' code; of its three weights, our default is one that is commented out there.
 
     Example:
-        >>> ProReg(target="batch.label", snapshot="module.visual", text_features="module.head.weight", alpha=2.0)
-        ProReg(target='batch.label', snapshot='module.visual', text_features='module.head.weight', alpha=2.0)
+        >>> ProReg(target="batch.label", prompt="batch.prompt_logits", alpha=2.0)
+        ProReg(target='batch.label', prompt='batch.prompt_logits', alpha=2.0)
     """
 
     def __init__(
