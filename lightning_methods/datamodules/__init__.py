@@ -14,20 +14,42 @@ if TYPE_CHECKING:
         ImageNetLTDataModule,
     )
     from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
+    from lightning_methods.datamodules.proreg import (
+        ArrowClassificationDataModule,
+        BARDataModule,
+        DomainNetDataModule,
+        NICODataModule,
+        PACSDataModule,
+    )
+    from lightning_methods.datamodules.proreg_worlds import BiasedContextsDataModule, CaptionedContextsDataModule
 
 __all__ = [
+    "ArrowClassificationDataModule",
+    "BARDataModule",
+    "BiasedContextsDataModule",
     "CIFAR100DistillDataModule",
+    "CaptionedContextsDataModule",
     "DigitsDataModule",
+    "DomainNetDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "NICODataModule",
+    "PACSDataModule",
     "SuperclassDataModule",
 ]
 
 _FILES = {
+    "ArrowClassificationDataModule": "proreg",
+    "BARDataModule": "proreg",
+    "BiasedContextsDataModule": "proreg_worlds",
     "CIFAR100DistillDataModule": "ikl",
+    "CaptionedContextsDataModule": "proreg_worlds",
     "DigitsDataModule": "ikl_worlds",
+    "DomainNetDataModule": "proreg",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "NICODataModule": "proreg",
+    "PACSDataModule": "proreg",
     "SuperclassDataModule": "ikl_worlds",
 }
 

@@ -17,7 +17,7 @@ RECIPES = sorted(FOLDER.rglob("*.yaml"))
 
 
 def test_there_is_a_recipe_for_every_datamodule():
-    assert len(RECIPES) == 5
+    assert len(RECIPES) == 12
     named = [re.search(r"class_path: lightning_methods\.datamodules\.(\w+)\n", path.read_text())[1] for path in RECIPES]
     assert sorted(named) == sorted(datamodules.__all__)
 
