@@ -21,6 +21,7 @@ from lightning_methods.callbacks import (
     AlignBeforeFuse,
     EqSim,
     IKLDistillation,
+    ProReg,
     TrajectoryWordAlignment,
 )
 
@@ -153,3 +154,8 @@ class UMILMixin(MethodMixin):
 
     method = UMIL
     settings = "umil"
+class ProRegMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.ProReg`; settings in `proreg`."""
+
+    method = ProReg
+    settings = "proreg"

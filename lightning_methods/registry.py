@@ -167,6 +167,30 @@ METHODS: tuple[MethodInfo, ...] = (
             "The fused sequence must be words, one [CLS] of the video, and patches frame by frame.",
             "It replaces only torch's MultiheadAttention and timm's Attention.",
             "AlignBeforeFuse keeps a second copy of the module, its momentum teacher.",
+        name="proreg",
+        title="Prompt regularisation: fine-tuning that keeps a pretrained model's zero-shot knowledge where right",
+        callbacks=("ProReg",),
+        functional=(
+            "proreg_loss",
+            "proreg_terms",
+            "proreg_weight",
+            "fill_prompts",
+            "prompt_text_features",
+            "prompt_logits",
+        ),
+        paper=(
+            "Zhu et al., Debiased Fine-Tuning for Vision-language Models by Prompt Regularization, AAAI 2023, "
+            "arXiv 2301.12429"
+        ),
+        task="classification, fine-tuning of vision-language models, distribution shift",
+        kind="step",
+        changes_inference=False,
+        card="docs/methods/proreg.md",
+        known_limits=(
+            "The weight of each sample pays where the prompts are wrong for some classes; elsewhere a tuned constant "
+            "weight is as good or better.",
+            "Which of the weights in the authors' code made the paper's tables is unknown.",
+            "A snapshot is kept in the checkpoint, which grows by the size of the copied encoder.",
         ),
     ),
 )

@@ -9,6 +9,9 @@ from lightning_methods.callbacks.eqsim import (
 from lightning_methods.callbacks.ikl import (
     IKLDistillation,
 )
+from lightning_methods.callbacks.proreg import (
+    ProReg,
+)
 from lightning_methods.callbacks.twbert import (
     AlignBeforeFuse,
     TrajectoryWordAlignment,
@@ -23,5 +26,6 @@ __all__ = [
     "AlignBeforeFuse",
     "EqSim",
     "IKLDistillation",
+    "ProReg",
     "TrajectoryWordAlignment",
 ]

@@ -39,6 +39,17 @@ if TYPE_CHECKING:
         DigitsDataModule,
         SuperclassDataModule,
     )
+    from lightning_methods.datamodules.proreg import (
+        ArrowClassificationDataModule,
+        BARDataModule,
+        DomainNetDataModule,
+        NICODataModule,
+        PACSDataModule,
+    )
+    from lightning_methods.datamodules.proreg_worlds import (
+        BiasedContextsDataModule,
+        CaptionedContextsDataModule,
+    )
     from lightning_methods.datamodules.twbert import (
         VideoQADataModule,
         VideoTextDataModule,
@@ -56,14 +67,21 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ArrowClassificationDataModule",
+    "BARDataModule",
+    "BiasedContextsDataModule",
     "CIFAR100DistillDataModule",
+    "CaptionedContextsDataModule",
     "CocoCaptionDataModule",
     "DigitsDataModule",
+    "DomainNetDataModule",
     "EqBenDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
     "MinimalChangeDataModule",
+    "NICODataModule",
     "ObjectStatesDataModule",
+    "PACSDataModule",
     "PhrasesDataModule",
     "RetrievalDataModule",
     "SnippetFeatureDataModule",
@@ -83,14 +101,21 @@ __all__ = [
 ]
 
 _FILES = {
+    "ArrowClassificationDataModule": "proreg",
+    "BARDataModule": "proreg",
+    "BiasedContextsDataModule": "proreg_worlds",
     "CIFAR100DistillDataModule": "ikl",
+    "CaptionedContextsDataModule": "proreg_worlds",
     "CocoCaptionDataModule": "acf",
     "DigitsDataModule": "ikl_worlds",
+    "DomainNetDataModule": "proreg",
     "EqBenDataModule": "eqsim",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
     "MinimalChangeDataModule": "eqsim_worlds",
+    "NICODataModule": "proreg",
     "ObjectStatesDataModule": "twbert_worlds",
+    "PACSDataModule": "proreg",
     "PhrasesDataModule": "acf_worlds",
     "RetrievalDataModule": "eqsim",
     "SnippetFeatureDataModule": "umil",

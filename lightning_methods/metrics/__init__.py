@@ -17,6 +17,12 @@ from lightning_methods.metrics.ikl import (
     ShotScores,
     TeacherAgreement,
 )
+from lightning_methods.metrics.proreg import (
+    GroupAccuracies,
+    GroupAccuracy,
+    ShiftAccuracy,
+    ShiftScores,
+)
 from lightning_methods.metrics.twbert import (
     TextVideoRecall,
     TwoStageRecall,
@@ -37,8 +43,12 @@ __all__ = [
     "FrameLevelAUROC",
     "FrameLevelAveragePrecision",
     "FrameLevelFalseAlarmRate",
+    "GroupAccuracies",
+    "GroupAccuracy",
     "PairGroupScore",
     "RetrievalRecall",
+    "ShiftAccuracy",
+    "ShiftScores",
     "ShotAccuracy",
     "ShotScores",
     "TeacherAgreement",

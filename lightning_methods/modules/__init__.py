@@ -24,6 +24,12 @@ from lightning_methods.modules.eqsim import (
 from lightning_methods.modules.ikl import (
     IKLLoss,
 )
+from lightning_methods.modules.proreg import (
+    PromptClassifier,
+    PromptTeacher,
+    ProRegLoss,
+    prompt_param_groups,
+)
 from lightning_methods.modules.twbert import (
     HierarchicalFrameSelector,
     MomentumQueue,
@@ -61,6 +67,9 @@ __all__ = [
     "HierarchicalFrameSelector",
     "IKLLoss",
     "MomentumQueue",
+    "ProRegLoss",
+    "PromptClassifier",
+    "PromptTeacher",
     "SnippetDivision",
     "SnippetHistory",
     "SpanCluster",
@@ -70,4 +79,5 @@ __all__ = [
     "TrajectoryWordEncoder",
     "TrajectoryWordLayer",
     "TrajectoryWordSelfAttention",
+    "prompt_param_groups",
 ]

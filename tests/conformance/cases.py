@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from conformance import cases_acf, cases_twbert
 from conformance.cases_eqsim import EQSIM_CASES, EQSIM_YAML
+from conformance.cases_proreg import PROREG_CASES, PROREG_YAML
 from conformance.cases_umil import UMIL_CASES, UMIL_YAML
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ CASES = {
     "IKLDistillation-dkl": lambda: ikl(variant="dkl", student_logits="module.net"),
     **cases_acf.CASES,
     **cases_twbert.CASES,
+    **PROREG_CASES,
 }
 
 #: Arguments for each exported callback as a YAML file would give them, other than the defaults.
@@ -69,6 +71,7 @@ YAML = {
     },
     **cases_acf.YAML,
     **cases_twbert.YAML,
+    "ProReg": PROREG_YAML,
 }
 
 
