@@ -14,13 +14,17 @@ if TYPE_CHECKING:
         ImageNetLTDataModule,
     )
     from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
+    from lightning_methods.datamodules.stillmix import StaticBiasDataModule, VideoListDataModule, VideoSource
 
 __all__ = [
     "CIFAR100DistillDataModule",
     "DigitsDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "StaticBiasDataModule",
     "SuperclassDataModule",
+    "VideoListDataModule",
+    "VideoSource",
 ]
 
 _FILES = {
@@ -28,7 +32,10 @@ _FILES = {
     "DigitsDataModule": "ikl_worlds",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "StaticBiasDataModule": "stillmix",
     "SuperclassDataModule": "ikl_worlds",
+    "VideoListDataModule": "stillmix",
+    "VideoSource": "stillmix",
 }
 
 
