@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     )
     from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
     from lightning_methods.datamodules.stillmix import StaticBiasDataModule, VideoListDataModule, VideoSource
+    from lightning_methods.datamodules.stillmix_scuba import build_scuba, build_scufo
 
 __all__ = [
     "CIFAR100DistillDataModule",
@@ -25,6 +26,8 @@ __all__ = [
     "SuperclassDataModule",
     "VideoListDataModule",
     "VideoSource",
+    "build_scuba",
+    "build_scufo",
 ]
 
 _FILES = {
@@ -36,6 +39,8 @@ _FILES = {
     "SuperclassDataModule": "ikl_worlds",
     "VideoListDataModule": "stillmix",
     "VideoSource": "stillmix",
+    "build_scuba": "stillmix_scuba",
+    "build_scufo": "stillmix_scuba",
 }
 
 

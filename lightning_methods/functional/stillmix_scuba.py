@@ -110,7 +110,7 @@ def conflicting_foreground(
     moving = _mask("masks", masks, frames[:, 0])
     frozen = _mask("still_mask", still_mask, still_image[0])[None]
     if frozen.shape[1:] != frames.shape[2:]:
-        frozen = F.interpolate(frozen[None], frames.shape[2:], mode="nearest")[0]
+        frozen = F.interpolate(frozen[None].double(), frames.shape[2:], mode="nearest")[0].to(frozen.dtype)
     still = _resized("still_image", still_image, frames)
     ground = _over(still[None], frozen, _resized("background", background, frames))
     return _truncated(_over(frames, moving, ground))
@@ -213,7 +213,7 @@ def foreground_valid(masks: Tensor, *, min_area: float = 0.1, min_frames: float 
     if masks.ndim != 3 or not masks.numel():
         raise ValueError(f"`masks` must have shape (T, H, W), got {tuple(masks.shape)}")
     # Counts over counts, in double precision: a share that is exactly the bound must not fall below it.
-    area = _mask("masks", masks, masks).sum((1, 2)) / masks[0].numel()
+    area = _mask("masks", masks, masks).double().sum((1, 2)) / masks[0].numel()
     frames = area >= min_area
     return FgValid(frames.sum().double() / len(frames) >= min_frames, frames)
 
@@ -229,9 +229,11 @@ def _check_image(name: str, image: Tensor) -> None:
 
 
 def _mask(name: str, mask: Tensor, like: Tensor) -> Tensor:
-    """The mask in double precision, after checks."""
+    """The mask after checks, boolean as it is, others in double precision."""
     if mask.shape != like.shape:
         raise ValueError(f"`{name}` must have shape {tuple(like.shape)}, got {tuple(mask.shape)}")
+    if mask.dtype == torch.bool:
+        return mask
     mask = mask.double()
     if mask.numel() and not 0 <= mask.min() <= mask.max() <= 1:
         found = f"{float(mask.min()):g} to {float(mask.max()):g}"
@@ -242,6 +244,8 @@ def _mask(name: str, mask: Tensor, like: Tensor) -> Tensor:
 def _over(images: Tensor, mask: Tensor, ground: Tensor) -> Tensor:
     """(T, 3, H, W): images where the mask (T, H, W) is 1, the ground where it is 0."""
     weight = mask[:, None]
+    if mask.dtype == torch.bool:
+        return torch.where(weight, images, ground)  # whole videos in double precision would fill the memory
     return weight * images + (1 - weight) * ground
 
 
