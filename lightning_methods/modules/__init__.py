@@ -1,4 +1,9 @@
-"""Modules that own parameters, buffers or hyperparameters of a method."""
+"""Modules that own parameters, buffers or hyperparameters of a method.
+
+`SingleFrameClassifier` is imported when it is first used: the others need no Lightning.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from lightning_methods.modules.ikl import IKLLoss
 from lightning_methods.modules.stillmix import StillMixAugment, VideoAugmentation
@@ -11,6 +16,9 @@ from lightning_methods.modules.stillmix_scores import (
     score_frames,
 )
 
+if TYPE_CHECKING:
+    from lightning_methods.modules.stillmix_reference import SingleFrameClassifier
+
 __all__ = [
     "ActorCutMix",
     "BackgroundErase",
@@ -19,6 +27,7 @@ __all__ = [
     "FrameBankSpec",
     "FrameScores",
     "IKLLoss",
+    "SingleFrameClassifier",
     "StillMixAugment",
     "VideoAugmentation",
     "VideoMix",
@@ -27,3 +36,11 @@ __all__ = [
     "save_frame_scores",
     "score_frames",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SingleFrameClassifier":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    from lightning_methods.modules.stillmix_reference import SingleFrameClassifier
+
+    return SingleFrameClassifier
