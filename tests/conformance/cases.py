@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from conformance.cases_stillmix import STILLMIX, STILLMIX_YAML
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +44,7 @@ CASES = {
     "IKLDistillation": lambda: ikl(wmse_weight=2.0, temperature=2.0, warmup_epochs=2),
     "IKLDistillation-gkl": lambda: ikl(variant="gkl", gamma=0.5, class_wise=False),
     "IKLDistillation-dkl": lambda: ikl(variant="dkl", student_logits="module.net"),
+    **STILLMIX,
 }
 
 #: Arguments for each exported callback as a YAML file would give them, other than the defaults.
@@ -58,6 +60,7 @@ YAML = {
         "warmup_epochs": 3.0,
         "log": "epoch",
     },
+    **STILLMIX_YAML,
 }
 
 
