@@ -14,13 +14,20 @@ if TYPE_CHECKING:
         ImageNetLTDataModule,
     )
     from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
+    from lightning_methods.datamodules.stillmix import StaticBiasDataModule, VideoListDataModule, VideoSource
+    from lightning_methods.datamodules.stillmix_scuba import build_scuba, build_scufo
 
 __all__ = [
     "CIFAR100DistillDataModule",
     "DigitsDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "StaticBiasDataModule",
     "SuperclassDataModule",
+    "VideoListDataModule",
+    "VideoSource",
+    "build_scuba",
+    "build_scufo",
 ]
 
 _FILES = {
@@ -28,7 +35,12 @@ _FILES = {
     "DigitsDataModule": "ikl_worlds",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "StaticBiasDataModule": "stillmix",
     "SuperclassDataModule": "ikl_worlds",
+    "VideoListDataModule": "stillmix",
+    "VideoSource": "stillmix",
+    "build_scuba": "stillmix_scuba",
+    "build_scufo": "stillmix_scuba",
 }
 
 

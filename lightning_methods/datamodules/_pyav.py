@@ -97,7 +97,7 @@ class VideoFile(FrameSource):
 
     def _from(self, number: int) -> Iterator[tuple[int, Any]]:
         """Numbered frames, beginning no later than with this one."""
-        if self._keys and self._keys[number] > 0:
+        if self._keys:
             with self._explained():
                 stream = self._container.streams.video[0]
                 self._container.seek(self._key_times[number], stream=stream)

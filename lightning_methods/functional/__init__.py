@@ -50,6 +50,16 @@ from lightning_methods.functional.stillmix_baselines import (
     videomix_box,
 )
 from lightning_methods.functional.stillmix_fame import fame_foreground_mask
+from lightning_methods.functional.stillmix_scores import ContrastedResult, average_views, contrasted_accuracy
+from lightning_methods.functional.stillmix_scuba import (
+    FgValid,
+    boxes_to_masks,
+    conflicting_foreground,
+    foreground_valid,
+    merge_foreground_masks,
+    replace_background,
+    still_video,
+)
 from lightning_methods.functional.stillmix_stripes import (
     StripesDraw,
     random_stripes,
@@ -58,7 +68,9 @@ from lightning_methods.functional.stillmix_stripes import (
 )
 
 __all__ = [
+    "ContrastedResult",
     "EqSimTerms",
+    "FgValid",
     "FoilScores",
     "FrameBiasScores",
     "GroupScores",
@@ -71,7 +83,11 @@ __all__ = [
     "VideoMixBox",
     "accumulate_class_probs",
     "actor_cutmix",
+    "average_views",
     "background_erase",
+    "boxes_to_masks",
+    "conflicting_foreground",
+    "contrasted_accuracy",
     "cross_modal_consistency_loss",
     "dkl_loss",
     "embedding_recall",
@@ -85,11 +101,13 @@ __all__ = [
     "fame_foreground_mask",
     "fill_prompts",
     "foil_scores",
+    "foreground_valid",
     "frame_bias_scores",
     "gkl_loss",
     "ikl_loss",
     "ikl_terms",
     "in_modal_consistency_loss",
+    "merge_foreground_masks",
     "mixup_videos",
     "normalize_class_probs",
     "pair_group_scores",
@@ -100,12 +118,14 @@ __all__ = [
     "proreg_terms",
     "proreg_weight",
     "random_stripes",
+    "replace_background",
     "retrieval_recall",
     "sample_stillmix",
     "sample_stripes",
     "select_biased_frames",
     "sinusoidal_stripes",
     "soft_target_cross_entropy",
+    "still_video",
     "stillmix",
     "videomix",
     "videomix_box",
