@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     )
     from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
     from lightning_methods.datamodules.stillmix import StaticBiasDataModule, VideoListDataModule, VideoSource
+    from lightning_methods.datamodules.stillmix_frames import VideoFrameReader
     from lightning_methods.datamodules.stillmix_scuba import build_scuba, build_scufo
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ImageNetLTDataModule",
     "StaticBiasDataModule",
     "SuperclassDataModule",
+    "VideoFrameReader",
     "VideoListDataModule",
     "VideoSource",
     "build_scuba",
@@ -37,6 +39,7 @@ _FILES = {
     "ImageNetLTDataModule": "ikl",
     "StaticBiasDataModule": "stillmix",
     "SuperclassDataModule": "ikl_worlds",
+    "VideoFrameReader": "stillmix_frames",
     "VideoListDataModule": "stillmix",
     "VideoSource": "stillmix",
     "build_scuba": "stillmix_scuba",
