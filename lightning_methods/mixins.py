@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from lightning_methods.attach import Method
 from lightning_methods.attach._lightning import MisconfigurationException
-from lightning_methods.callbacks import IKLDistillation
+from lightning_methods.callbacks import IKLDistillation, StillMix, VideoAugment
 
 
 class MethodMixin:
@@ -111,3 +111,17 @@ class IKLDistillationMixin(MethodMixin):
 
     method = IKLDistillation
     settings = "ikl"
+
+
+class StillMixMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.StillMix`; settings in `stillmix`."""
+
+    method = StillMix
+    settings = "stillmix"
+
+
+class VideoAugmentMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.VideoAugment`; settings in `stillmix_augment`."""
+
+    method = VideoAugment
+    settings = "stillmix_augment"

@@ -70,7 +70,7 @@ def test_every_exported_callback_belongs_to_one_row():
 
 
 #: Methods whose functions are there before their callback, and with it their row.
-MATHS_ONLY = {"eqsim", "proreg", "stillmix"}
+MATHS_ONLY = {"eqsim", "proreg"}
 
 
 def test_every_exported_function_belongs_to_one_row():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     )
     from lightning_methods.datamodules.ikl_worlds import DigitsDataModule, SuperclassDataModule
     from lightning_methods.datamodules.stillmix import StaticBiasDataModule, VideoListDataModule, VideoSource
+    from lightning_methods.datamodules.stillmix_frames import VideoFrameReader
     from lightning_methods.datamodules.stillmix_scuba import build_scuba, build_scufo
     from lightning_methods.datamodules.stillmix_worlds import MovingShapesDataModule
 
@@ -26,6 +27,7 @@ __all__ = [
     "MovingShapesDataModule",
     "StaticBiasDataModule",
     "SuperclassDataModule",
+    "VideoFrameReader",
     "VideoListDataModule",
     "VideoSource",
     "build_scuba",
@@ -40,6 +42,7 @@ _FILES = {
     "MovingShapesDataModule": "stillmix_worlds",
     "StaticBiasDataModule": "stillmix",
     "SuperclassDataModule": "ikl_worlds",
+    "VideoFrameReader": "stillmix_frames",
     "VideoListDataModule": "stillmix",
     "VideoSource": "stillmix",
     "build_scuba": "stillmix_scuba",
