@@ -22,7 +22,9 @@ from lightning_methods.callbacks import (
     EqSim,
     IKLDistillation,
     ProReg,
+    StillMix,
     TrajectoryWordAlignment,
+    VideoAugment,
 )
 
 
@@ -159,3 +161,15 @@ class ProRegMixin(MethodMixin):
 
     method = ProReg
     settings = "proreg"
+class StillMixMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.StillMix`; settings in `stillmix`."""
+
+    method = StillMix
+    settings = "stillmix"
+
+
+class VideoAugmentMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.VideoAugment`; settings in `stillmix_augment`."""
+
+    method = VideoAugment
+    settings = "stillmix_augment"

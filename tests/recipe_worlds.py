@@ -1,10 +1,13 @@
 """For each recipe in `callbacks/` a module that is unaware of every method, and its data, as the recipe names them."""
 
 import torch
+from PIL import Image
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+
+from lightning_methods.modules import FrameScores, save_frame_scores
 
 
 class Sgd(LightningModule):
@@ -77,6 +80,35 @@ class Videos(LightningDataModule):
     def train_dataloader(self):
         rows = [{"video": torch.rand(8 * 49, 8), "text": torch.rand(5, 8), "label": label % 3} for label in range(4)]
         return DataLoader(rows, batch_size=2)
+class Segments(Sgd):
+    """Classifies the frames of a clip, and takes the mean of their logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 4))
+
+    def training_step(self, batch, batch_idx):
+        videos, labels = batch
+        return F.cross_entropy(self.net(videos.flatten(0, 1)).unflatten(0, videos.shape[:2]).mean(1), labels)
+
+
+class Clips(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([(torch.rand(2, 3, 224, 224), label) for label in range(4)], batch_size=2)
+
+
+def write_hmdb51(folder):
+    """The training list, the frames and their scores, of three videos."""
+    keys = []
+    for video in range(3):
+        frames = folder / "hmdb51" / "rawframes" / f"class/v{video}"
+        frames.mkdir(parents=True)
+        for frame in range(2):
+            Image.new("RGB", (24, 18), (80 * video, 120 * frame, 0)).save(frames / f"frame{frame + 1:06d}.jpg")
+            keys.append(f"class/v{video}/frame{frame + 1:06d}.jpg")
+    (folder / "hmdb51" / "trainlist01.txt").write_text("".join(f"class/v{video} 2 {video}\n" for video in range(3)))
+    probs = torch.linspace(0.3, 0.9, len(keys))
+    save_frame_scores(folder / "hmdb51" / "frame_scores.npz", FrameScores(keys, probs, probs))
 
 
 #: Module and data by the recipe's name.
@@ -84,4 +116,6 @@ WORLDS = {
     "acf": (Tagger, Sequences),
     "ikl": (Student, Images),
     "twbert": (VideoText, Videos),
+    "ikl": (Student, Images),
+    "stillmix": (Segments, Clips),
 }

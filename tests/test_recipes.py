@@ -10,7 +10,7 @@ import timm
 import torch
 import yaml
 from pytorch_lightning import Callback, Trainer
-from recipe_worlds import WORLDS
+from recipe_worlds import WORLDS, write_hmdb51
 
 from lightning_methods import callbacks
 from lightning_methods.cli import main
@@ -25,8 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice, and jso
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A user's folder that holds the file that the recipes name."""
+    """A user's folder that holds the files that the recipes name."""
     folder = tmp_path_factory.mktemp("user")
+    write_hmdb51(folder)
     (folder / "checkpoints").mkdir()
     torch.save(timm.create_model("resnet34", num_classes=100).state_dict(), folder / "checkpoints" / "teacher.ckpt")
     return folder

@@ -12,6 +12,10 @@ from lightning_methods.callbacks.ikl import (
 from lightning_methods.callbacks.proreg import (
     ProReg,
 )
+from lightning_methods.callbacks.stillmix import (
+    StillMix,
+    VideoAugment,
+)
 from lightning_methods.callbacks.twbert import (
     AlignBeforeFuse,
     TrajectoryWordAlignment,
@@ -27,5 +31,7 @@ __all__ = [
     "EqSim",
     "IKLDistillation",
     "ProReg",
+    "StillMix",
     "TrajectoryWordAlignment",
+    "VideoAugment",
 ]

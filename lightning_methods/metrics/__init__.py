@@ -23,6 +23,12 @@ from lightning_methods.metrics.proreg import (
     ShiftAccuracy,
     ShiftScores,
 )
+from lightning_methods.metrics.stillmix import (
+    ContrastedAccuracy,
+    MeanClassAccuracy,
+    PairedContrastedAccuracy,
+    StaticBiasReport,
+)
 from lightning_methods.metrics.twbert import (
     TextVideoRecall,
     TwoStageRecall,
@@ -37,6 +43,7 @@ __all__ = [
     "CaptionBLEU",
     "CiderD",
     "ClassMargin",
+    "ContrastedAccuracy",
     "EqBenScore",
     "EquivarianceGap",
     "FoilScore",
@@ -45,12 +52,15 @@ __all__ = [
     "FrameLevelFalseAlarmRate",
     "GroupAccuracies",
     "GroupAccuracy",
+    "MeanClassAccuracy",
     "PairGroupScore",
+    "PairedContrastedAccuracy",
     "RetrievalRecall",
     "ShiftAccuracy",
     "ShiftScores",
     "ShotAccuracy",
     "ShotScores",
+    "StaticBiasReport",
     "TeacherAgreement",
     "TextVideoRecall",
     "TwoStageRecall",

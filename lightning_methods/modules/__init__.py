@@ -1,4 +1,9 @@
-"""Modules that own parameters, buffers or hyperparameters of a method."""
+"""Modules that own parameters, buffers or hyperparameters of a method.
+
+`SingleFrameClassifier` is imported when it is first used: the others need no Lightning.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from lightning_methods.modules.acf import (
     AnnotatedLayerNorm,
@@ -30,6 +35,27 @@ from lightning_methods.modules.proreg import (
     ProRegLoss,
     prompt_param_groups,
 )
+from lightning_methods.modules.stillmix import (
+    StillMixAugment,
+    VideoAugmentation,
+)
+from lightning_methods.modules.stillmix_bank import (
+    FrameBank,
+    FrameBankSpec,
+)
+from lightning_methods.modules.stillmix_baselines import (
+    ActorCutMix,
+    BackgroundErase,
+    Fame,
+    VideoMix,
+    VideoMixup,
+)
+from lightning_methods.modules.stillmix_scores import (
+    FrameScores,
+    load_frame_scores,
+    save_frame_scores,
+    score_frames,
+)
 from lightning_methods.modules.twbert import (
     HierarchicalFrameSelector,
     MomentumQueue,
@@ -50,19 +76,30 @@ from lightning_methods.modules.umil_division import (
     SnippetDivision,
 )
 
+if TYPE_CHECKING:
+    from lightning_methods.modules.stillmix_reference import (
+        SingleFrameClassifier,
+    )
+
 __all__ = [
     "ACFCaptioner",
     "ACFDecoder",
     "ACFEncoder",
     "ACFLayer",
+    "ActorCutMix",
     "AdaClusterAttention",
     "AnnotatedLayerNorm",
+    "BackgroundErase",
     "Captions",
     "ClusterHead",
     "ClusterLayer",
     "ClusterState",
     "DivisionFigures",
     "EqSimLoss",
+    "Fame",
+    "FrameBank",
+    "FrameBankSpec",
+    "FrameScores",
     "GridCluster",
     "HierarchicalFrameSelector",
     "IKLLoss",
@@ -70,14 +107,30 @@ __all__ = [
     "ProRegLoss",
     "PromptClassifier",
     "PromptTeacher",
+    "SingleFrameClassifier",
     "SnippetDivision",
     "SnippetHistory",
     "SpanCluster",
+    "StillMixAugment",
     "TimmAdaClusterAttention",
     "TimmTrajectoryWordAttention",
     "TrajectoryWordAttention",
     "TrajectoryWordEncoder",
     "TrajectoryWordLayer",
     "TrajectoryWordSelfAttention",
+    "VideoAugmentation",
+    "VideoMix",
+    "VideoMixup",
+    "load_frame_scores",
     "prompt_param_groups",
+    "save_frame_scores",
+    "score_frames",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SingleFrameClassifier":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    from lightning_methods.modules.stillmix_reference import SingleFrameClassifier
+
+    return SingleFrameClassifier

@@ -6,6 +6,7 @@ import torch
 from conformance import cases_acf, cases_twbert
 from conformance.cases_eqsim import EQSIM_CASES, EQSIM_YAML
 from conformance.cases_proreg import PROREG_CASES, PROREG_YAML
+from conformance.cases_stillmix import STILLMIX, STILLMIX_YAML
 from conformance.cases_umil import UMIL_CASES, UMIL_YAML
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ CASES = {
     **cases_acf.CASES,
     **cases_twbert.CASES,
     **PROREG_CASES,
+    **STILLMIX,
 }
 
 #: Arguments for each exported callback as a YAML file would give them, other than the defaults.
@@ -72,6 +74,7 @@ YAML = {
     **cases_acf.YAML,
     **cases_twbert.YAML,
     "ProReg": PROREG_YAML,
+    **STILLMIX_YAML,
 }
 
 
