@@ -156,11 +156,15 @@ class UMILMixin(MethodMixin):
 
     method = UMIL
     settings = "umil"
+
+
 class ProRegMixin(MethodMixin):
     """Carries `lightning_methods.callbacks.ProReg`; settings in `proreg`."""
 
     method = ProReg
     settings = "proreg"
+
+
 class StillMixMixin(MethodMixin):
     """Carries `lightning_methods.callbacks.StillMix`; settings in `stillmix`."""
 

@@ -18,8 +18,7 @@ class MethodInfo:
         paper: Authors, title, venue, arXiv number.
         task: What it is for.
         kind: How it attaches: in the training step, by changing the model, or by plain hooks.
-        changes_inference: Whether the trained module needs the method at inference; of several callbacks, whether one
-            of them makes it so.
+        changes_inference: Whether the trained module needs the method at inference.
         card: Path of its documentation page.
         known_limits: What it does not do, in a sentence each.
         commands: Tools on the command line, `lightning-methods NAME`; files in `lightning_methods.commands`.
@@ -46,37 +45,6 @@ class MethodInfo:
 
 
 METHODS: tuple[MethodInfo, ...] = (
-    MethodInfo(
-        name="eqsim",
-        title="Equivariant similarity: opposite changes of an image-text pair move the score by the same amount",
-        callbacks=("EqSim",),
-        functional=(
-            "eqsim_quad_loss",
-            "eqsim_all_pairs_loss",
-            "eqsim_close_far_loss",
-            "eqsim_sample_close",
-            "eqsim_itm_loss",
-            "cross_modal_consistency_loss",
-            "in_modal_consistency_loss",
-            "pair_group_scores",
-            "eqben_subset_scores",
-            "foil_scores",
-            "retrieval_recall",
-            "embedding_recall",
-        ),
-        paper="Wang et al., Equivariant Similarity for Vision-Language Foundation Models, ICCV 2023, arXiv 2303.14465",
-        task="image-text retrieval and matching",
-        kind="step",
-        changes_inference=False,
-        card="docs/methods/eqsim.md",
-        known_limits=(
-            "It needs a retrieval loss beside it: equal similarities everywhere fulfil it.",
-            "Where training pairs are abundant no gain was found, and a weight that is too large hurts.",
-            "The paper was read in its abstract only; formulas and settings are those of the authors' code.",
-        ),
-        commands=("eval-eqben",),
-        more_demos=("eqsim_clip",),
-    ),
     MethodInfo(
         name="ikl",
         title="Improved and generalised KL: distillation whose pairwise logit term reaches the student",
@@ -167,72 +135,7 @@ METHODS: tuple[MethodInfo, ...] = (
             "The fused sequence must be words, one [CLS] of the video, and patches frame by frame.",
             "It replaces only torch's MultiheadAttention and timm's Attention.",
             "AlignBeforeFuse keeps a second copy of the module, its momentum teacher.",
-        name="proreg",
-        title="Prompt regularisation: fine-tuning that keeps a pretrained model's zero-shot knowledge where right",
-        callbacks=("ProReg",),
-        functional=(
-            "proreg_loss",
-            "proreg_terms",
-            "proreg_weight",
-            "fill_prompts",
-            "prompt_text_features",
-            "prompt_logits",
         ),
-        paper=(
-            "Zhu et al., Debiased Fine-Tuning for Vision-language Models by Prompt Regularization, AAAI 2023, "
-            "arXiv 2301.12429"
-        ),
-        task="classification, fine-tuning of vision-language models, distribution shift",
-        kind="step",
-        changes_inference=False,
-        card="docs/methods/proreg.md",
-        known_limits=(
-            "The weight of each sample pays where the prompts are wrong for some classes; elsewhere a tuned constant "
-            "weight is as good or better.",
-            "Which of the weights in the authors' code made the paper's tables is unknown.",
-            "A snapshot is kept in the checkpoint, which grows by the size of the copied encoder.",
-        ),
-        name="stillmix",
-        title="StillMix: clips blended with still frames that give their label away, so that motion must be learned",
-        callbacks=("StillMix", "VideoAugment"),
-        functional=(
-            "stillmix",
-            "sample_stillmix",
-            "frame_bias_scores",
-            "select_biased_frames",
-            "mixup_videos",
-            "videomix",
-            "videomix_box",
-            "background_erase",
-            "fame",
-            "fame_foreground_mask",
-            "actor_cutmix",
-            "still_video",
-            "average_views",
-            "contrasted_accuracy",
-            "sinusoidal_stripes",
-            "sample_stripes",
-            "random_stripes",
-            "replace_background",
-            "conflicting_foreground",
-            "merge_foreground_masks",
-            "boxes_to_masks",
-            "foreground_valid",
-        ),
-        paper=(
-            "Li et al., Mitigating and Evaluating Static Bias of Action Representations in the Background and the "
-            "Foreground, ICCV 2023, arXiv 2211.12883"
-        ),
-        task="video classification, robustness to static bias",
-        kind="step",
-        changes_inference=False,
-        card="docs/methods/stillmix.md",
-        known_limits=(
-            "It is for labels that lie in the motion: where one frame rightly decides the label, it takes evidence away.",
-            "In our small world, choosing the frames does no better than taking any frame of the batch.",
-            "Of the paper only the abstract could be read: formulas and settings are those of the authors' code.",
-        ),
-        commands=("score-frames", "build-scuba"),
     ),
 )
 

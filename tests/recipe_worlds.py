@@ -80,6 +80,8 @@ class Videos(LightningDataModule):
     def train_dataloader(self):
         rows = [{"video": torch.rand(8 * 49, 8), "text": torch.rand(5, 8), "label": label % 3} for label in range(4)]
         return DataLoader(rows, batch_size=2)
+
+
 class Segments(Sgd):
     """Classifies the frames of a clip, and takes the mean of their logits."""
 
@@ -116,6 +118,5 @@ WORLDS = {
     "acf": (Tagger, Sequences),
     "ikl": (Student, Images),
     "twbert": (VideoText, Videos),
-    "ikl": (Student, Images),
     "stillmix": (Segments, Clips),
 }

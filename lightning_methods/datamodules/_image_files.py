@@ -37,14 +37,6 @@ def eval_transform() -> Transform:
     return cast(Transform, create_transform(224, crop_pct=224 / 256))
 
 
-def read_rgb(path: str) -> Image.Image:
-    """Decodes an image file, in RGB whatever its own mode is.
-
-    Raises:
-        ValueError: The file cannot be decoded.
-    """
-    try:
-        with Image.open(path) as file:
 def read_rgb(path: str, content: bytes | None = None) -> Image.Image:
     """Decodes an image file, or `content` under its name, in RGB whatever its own mode is.
 
