@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from lightning_methods._files import replace_file
 from lightning_methods.attach import Method
 from lightning_methods.callbacks import AdaClustFormer
 from lightning_methods.datamodules import PhrasesDataModule
 from lightning_methods.datamodules.acf_worlds import phrase_vote
 from lightning_methods.demos._command import demo_parser, run_demo
 from lightning_methods.demos._experiment import Experiment, Metric, Run, Shared, Stage
-from lightning_methods.demos._records import replace_file
 from lightning_methods.demos._training import evaluate, fit
 from lightning_methods.demos.acf_models import TokenTagger
 
