@@ -15,14 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from _measure import Report, Turns, extra_bytes, in_fresh_process
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_methods.callbacks import ProReg
 from lightning_methods.functional import proreg_loss, proreg_terms
 
 BATCH = 64
@@ -79,12 +76,13 @@ def against_plain(report: Report, fast: bool) -> None:
         at = f"B={BATCH} C={classes}"
         for name in LOSSES:
             report.add(f"{at}: {name}, ms", 1e3 * turns.seconds(name))
-        report.add(f"{at}: plain / fused, time", turns.ratio("plain", "fused"), at_least=1.3 if large else 0)
+        huge = classes == 10000  # smaller ones are near the resolution of a page, and of a clock on a busy machine
+        report.add(f"{at}: plain / fused, time", turns.ratio("plain", "fused"), at_least=1.1 if huge else 0)
         report.add(f"{at}: plain / terms, time", turns.ratio("plain", "terms"))
         for name, value in mib.items():
             report.add(f"{at}: {name}, extra MiB", value)
-        if classes == 10000:  # smaller ones are near the resolution of a page
-            report.add(f"{at}: plain / fused, memory", mib["plain"] / mib["fused"], at_least=1.2)
+        if huge:
+            report.add(f"{at}: plain / fused, memory", mib["plain"] / mib["fused"], at_least=1.5)
 
 
 def growth(report: Report, fast: bool) -> None:
@@ -99,29 +97,34 @@ def growth(report: Report, fast: bool) -> None:
     report.add("memory at C=16000 / C=1000", mib[16000] / mib[1000], at_most=32)
 
 
-class Vision(LightningModule):
-    """A small vision transformer under a linear head."""
+def fits() -> dict[str, Callable[[], object]]:
+    """Whole fits of eight steps of a small vision transformer: without ProReg, and with either kind of prompts."""
+    # Here, so that the processes that measure memory need not import it.
+    import timm
+    from pytorch_lightning import LightningModule, Trainer
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.visual = timm.create_model("vit_tiny_patch16_224", img_size=96, num_classes=0)
-        self.head = nn.Linear(192, 100)
+    from lightning_methods.callbacks import ProReg
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.visual(images))
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
-    def training_step(self, batch: Any) -> Tensor:
-        images, target, _ = batch
-        return F.cross_entropy(self(images), target)
+    class Vision(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0)
+            self.head = nn.Linear(192, 100)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-4)
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.visual(images))
 
+        def training_step(self, batch: Any) -> Tensor:
+            images, target, _ = batch
+            return F.cross_entropy(self(images), target)
 
-def teachers(report: Report, fast: bool) -> None:
-    """Seconds of a whole fit of eight steps; each begins with the same Trainer and copies its snapshot anew."""
-    steps, batch = 8, 16
-    rows = [(torch.randn(batch, 3, 96, 96), torch.arange(batch), torch.randn(batch, 100)) for _ in range(steps)]
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    rows = [(torch.randn(16, 3, 64, 64), torch.arange(16), torch.randn(16, 100)) for _ in range(8)]
     module = Vision()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
@@ -129,14 +132,18 @@ def teachers(report: Report, fast: bool) -> None:
         loader = torch.utils.data.DataLoader(rows, batch_size=None)
         Trainer(max_epochs=1, accelerator="cpu", callbacks=list(methods), **quiet).fit(module, loader)
 
-    calls: dict[str, Callable[[], object]] = {
+    return {
         "without": fit,
         "precomputed": lambda: fit(ProReg(prompt="batch.2")),
         "snapshot": lambda: fit(ProReg(snapshot="module.visual", text_features="module.head.weight")),
     }
+
+
+def teachers(report: Report, fast: bool) -> None:
+    calls = fits()
     turns = Turns(calls, rounds=3 if fast else 9)
     for name in calls:
-        report.add(f"ViT-Ti/16 at 96, B={batch}: {name}, ms a step", 1e3 * turns.seconds(name) / steps)
+        report.add(f"ViT-Ti/16 at 64, B=16: {name}, ms a step", 1e3 * turns.seconds(name) / 8)
     report.add("time with precomputed logits / without ProReg", turns.ratio("precomputed", "without"), at_most=1.15)
     # A forward pass is about a third of a training step.
     report.add("time with a snapshot / with precomputed logits", turns.ratio("snapshot", "precomputed"), at_most=1.6)
@@ -153,8 +160,6 @@ def main() -> int:
         name, classes, batch = options.memory[0], int(options.memory[1]), int(options.memory[2])
         print(extra_bytes(step(name, classes, batch), warm_up=step(name, max(2, classes // 10), batch)))
         return 0
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     report = Report()
     for part in (against_plain, growth, teachers):
         part(report, options.fast)
