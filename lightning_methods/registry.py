@@ -70,6 +70,63 @@ METHODS: tuple[MethodInfo, ...] = (
         ),
     ),
     MethodInfo(
+        name="proreg",
+        title="Prompt regularisation: fine-tuning that keeps a pretrained model's zero-shot knowledge where right",
+        callbacks=("ProReg",),
+        functional=(
+            "proreg_loss",
+            "proreg_terms",
+            "proreg_weight",
+            "fill_prompts",
+            "prompt_text_features",
+            "prompt_logits",
+        ),
+        paper=(
+            "Zhu et al., Debiased Fine-Tuning for Vision-language Models by Prompt Regularization, AAAI 2023, "
+            "arXiv 2301.12429"
+        ),
+        task="classification, fine-tuning of vision-language models, distribution shift",
+        kind="step",
+        changes_inference=False,
+        card="docs/methods/proreg.md",
+        known_limits=(
+            "The weight of each sample pays where the prompts are wrong for some classes; elsewhere a tuned constant "
+            "weight is as good or better.",
+            "Which of the weights in the authors' code made the paper's tables is unknown.",
+            "A snapshot is kept in the checkpoint, which grows by the size of the copied encoder.",
+        ),
+    ),
+    MethodInfo(
+        name="twbert",
+        title="TW-BERT: words follow trajectories through a video, aligned with it before they are fused",
+        callbacks=("TrajectoryWordAlignment", "AlignBeforeFuse"),
+        functional=(
+            "trajectory_word_attention",
+            "trajectory_pool",
+            "video_text_contrastive_loss",
+            "fine_grained_contrastive_loss",
+            "video_text_matching_loss",
+            "sample_hard_negatives",
+            "perturbed_topk",
+            "select_frames",
+            "mask_tokens",
+            "retrieval_ranks",
+            "two_stage_retrieval_metrics",
+        ),
+        paper=(
+            "Yang et al., Learning Trajectory-Word Alignments for Video-Language Tasks, ICCV 2023, arXiv 2301.01953"
+        ),
+        task="video-text retrieval, video question answering",
+        kind="surgery",
+        changes_inference=True,
+        card="docs/methods/twbert.md",
+        known_limits=(
+            "The fused sequence must be words, one [CLS] of the video, and patches frame by frame.",
+            "It replaces only torch's MultiheadAttention and timm's Attention.",
+            "AlignBeforeFuse keeps a second copy of the module, its momentum teacher.",
+        ),
+    ),
+    MethodInfo(
         name="acf",
         title="Ada-ClustFormer: self-attention whose window is a learned cluster of neighbours",
         callbacks=("AdaClustFormer",),
@@ -105,36 +162,6 @@ METHODS: tuple[MethodInfo, ...] = (
             "With unlimited training data plain attention catches up.",
             "It replaces self-attention only, and only torch's MultiheadAttention and timm's Attention.",
             "The matrix of clusters takes the memory of attention weights, except in blocks.",
-        ),
-    ),
-    MethodInfo(
-        name="twbert",
-        title="TW-BERT: words follow trajectories through a video, aligned with it before they are fused",
-        callbacks=("TrajectoryWordAlignment", "AlignBeforeFuse"),
-        functional=(
-            "trajectory_word_attention",
-            "trajectory_pool",
-            "video_text_contrastive_loss",
-            "fine_grained_contrastive_loss",
-            "video_text_matching_loss",
-            "sample_hard_negatives",
-            "perturbed_topk",
-            "select_frames",
-            "mask_tokens",
-            "retrieval_ranks",
-            "two_stage_retrieval_metrics",
-        ),
-        paper=(
-            "Yang et al., Learning Trajectory-Word Alignments for Video-Language Tasks, ICCV 2023, arXiv 2301.01953"
-        ),
-        task="video-text retrieval, video question answering",
-        kind="surgery",
-        changes_inference=True,
-        card="docs/methods/twbert.md",
-        known_limits=(
-            "The fused sequence must be words, one [CLS] of the video, and patches frame by frame.",
-            "It replaces only torch's MultiheadAttention and timm's Attention.",
-            "AlignBeforeFuse keeps a second copy of the module, its momentum teacher.",
         ),
     ),
 )

@@ -117,6 +117,7 @@ def write_hmdb51(folder):
 WORLDS = {
     "acf": (Tagger, Sequences),
     "ikl": (Student, Images),
+    "proreg": (Student, Images),
     "twbert": (VideoText, Videos),
     "stillmix": (Segments, Clips),
 }

@@ -24,6 +24,7 @@ PYTHON = {
     "docs/methods/acf.md": 5,
     "docs/methods/ikl.md": 4,
     "docs/methods/twbert.md": 4,
+    "docs/methods/proreg.md": 6,
     "docs/write-a-method.md": 3,
 }
 

@@ -139,19 +139,19 @@ def _arms(chosen: Mapping[str, Mapping[str, float]]) -> dict[str, Arm]:
 _CHOSEN: dict[str, dict[str, dict[str, float]]] = {
     "wrong-words": {
         "ft-tuned": {"lr": 1e-3, "weight_decay": 0.01},
-        "ensemble": {"share": 0.5},
-        "constant": {"constant_weight": 0.2},
-        "a": {"gamma": 0.5, "alpha": 1.0},
-        "b": {"alpha": 2.0},
-        "c": {"alpha": 2.0},
+        "ensemble": {"share": 0.3},
+        "constant": {"constant_weight": 0.1},
+        "a": {"gamma": 1.0, "alpha": 4.0},
+        "b": {"alpha": 3.0},
+        "c": {"alpha": 64.0},
     },
     "fair": {
         "ft-tuned": {"lr": 1e-4, "weight_decay": 0.01},
-        "ensemble": {"share": 0.5},
-        "constant": {"constant_weight": 0.5},
+        "ensemble": {"share": 0.8},
+        "constant": {"constant_weight": 0.3},
         "a": {"gamma": 0.5, "alpha": 1.0},
-        "b": {"alpha": 2.0},
-        "c": {"alpha": 2.0},
+        "b": {"alpha": 4.0},
+        "c": {"alpha": 64.0},
     },
 }
 WORLDS = {name: World(name == "wrong-words", _arms(chosen)) for name, chosen in _CHOSEN.items()}
@@ -159,11 +159,11 @@ _EPOCHS, _FAST_EPOCHS = (4, 40), (4, 20)  # of pretraining and of tuning
 
 _TRIED: dict[str, dict[str, tuple[float, ...]]] = {
     "ft-tuned": {"lr": (1e-4, 3e-4, 1e-3, 3e-3), "weight_decay": (0.01, 0.1)},
-    "ensemble": {"share": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
+    "ensemble": {"share": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)},
     "constant": {"constant_weight": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)},
     "a": {"gamma": (0.5, 1.0), "alpha": (0.5, 1.0, 2.0, 4.0)},
     "b": {"alpha": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)},
-    "c": {"alpha": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)},
+    "c": {"alpha": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)},
 }
 
 
