@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from lightning_methods.datamodules.stillmix import StaticBiasDataModule, VideoListDataModule, VideoSource
     from lightning_methods.datamodules.stillmix_frames import VideoFrameReader
     from lightning_methods.datamodules.stillmix_scuba import build_scuba, build_scufo
+    from lightning_methods.datamodules.stillmix_worlds import MovingShapesDataModule
 
 __all__ = [
     "CIFAR100DistillDataModule",
     "DigitsDataModule",
     "ImageNetDataModule",
     "ImageNetLTDataModule",
+    "MovingShapesDataModule",
     "StaticBiasDataModule",
     "SuperclassDataModule",
     "VideoFrameReader",
@@ -37,6 +39,7 @@ _FILES = {
     "DigitsDataModule": "ikl_worlds",
     "ImageNetDataModule": "ikl",
     "ImageNetLTDataModule": "ikl",
+    "MovingShapesDataModule": "stillmix_worlds",
     "StaticBiasDataModule": "stillmix",
     "SuperclassDataModule": "ikl_worlds",
     "VideoFrameReader": "stillmix_frames",
