@@ -99,7 +99,7 @@ METHODS: tuple[MethodInfo, ...] = (
         changes_inference=False,
         card="docs/methods/stillmix.md",
         known_limits=(
-            "It is for labels that lie in the motion: where one frame rightly decides the label, it takes evidence away.",
+            "It is for labels that lie in the motion: where one frame rightly decides, it takes evidence away.",
             "In our small world, choosing the frames does no better than taking any frame of the batch.",
             "Of the paper only the abstract could be read: formulas and settings are those of the authors' code.",
         ),
