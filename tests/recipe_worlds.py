@@ -35,6 +35,53 @@ class Images(LightningDataModule):
         return DataLoader([(torch.rand(3, 32, 32), label) for label in range(4)], batch_size=2)
 
 
+def encoder(width):
+    layer = nn.TransformerEncoderLayer(width, 2, 16, batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+
+
+class Tagger(Sgd):
+    """A Transformer encoder over sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = encoder(8), nn.Linear(8, 3)
+
+    def training_step(self, batch, batch_idx):
+        tokens, labels = batch
+        return F.cross_entropy(self.head(self.encoder(tokens).mean(1)), labels)
+
+
+class Sequences(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([(torch.rand(9, 8), label % 3) for label in range(4)], batch_size=2)
+
+
+class VideoText(Sgd):
+    """Fuses 5 words, a video's [CLS], and 8 frames of 49 patches; knows a feature of each video and text, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.fusion = nn.ModuleDict({"layers": nn.ModuleList(encoder(8).layers)})
+        self.video_proj, self.text_proj, self.head = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(8, 3)
+
+    def forward(self, video, text):
+        self.video_proj(video.mean(1)), self.text_proj(text.mean(1))
+        fused = torch.cat([text, video.mean(1, keepdim=True), video], 1)
+        for layer in self.fusion["layers"]:
+            fused = layer(fused)
+        return self.head(fused[:, 0])
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch["video"], batch["text"]), batch["label"])
+
+
+class Videos(LightningDataModule):
+    def train_dataloader(self):
+        rows = [{"video": torch.rand(8 * 49, 8), "text": torch.rand(5, 8), "label": label % 3} for label in range(4)]
+        return DataLoader(rows, batch_size=2)
+
+
 class Segments(Sgd):
     """Classifies the frames of a clip, and takes the mean of their logits."""
 
@@ -68,6 +115,8 @@ def write_hmdb51(folder):
 
 #: Module and data by the recipe's name.
 WORLDS = {
+    "acf": (Tagger, Sequences),
     "ikl": (Student, Images),
+    "twbert": (VideoText, Videos),
     "stillmix": (Segments, Clips),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -41,15 +41,17 @@ def register(trainer: Trainer, module: LightningModule, name: str, helpers: Mapp
     with the wrong tensors.
     """
     _add(module, name, nn.ModuleDict(dict(helpers)))
+    for average in averages(trainer, module):
+        _add(average.module, name, copy.deepcopy(nn.ModuleDict(dict(helpers))).to(average.n_averaged.device))
+
+
+def averages(trainer: Trainer, module: nn.Module) -> Iterator[AveragedModel]:
+    """The copies of `module` that weight averaging has already made."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     for callback in callbacks:
         for value in vars(callback).values():
             if isinstance(value, AveragedModel) and type(value.module) is type(module):
-                _add(
-                    value.module,
-                    name,
-                    copy.deepcopy(nn.ModuleDict(dict(helpers))).to(value.n_averaged.device),
-                )
+                yield value
 
 
 def _add(module: nn.Module, name: str, helpers: nn.ModuleDict) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_methods.attach import helpers as helper_container
+from lightning_methods.attach import surgery
 from lightning_methods.attach._lightning import (
     Callback,
     LightningModule,
@@ -23,6 +25,8 @@ from lightning_methods.attach.ramp import Ramp
 from lightning_methods.attach.step import Step, TrainingStep, attached_step
 from lightning_methods.attach.teacher import Teacher
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
 #: Attributes that Lightning sets on every callback: methods of the module it fits.
 _OF_THE_RUN = ("log", "log_dict")
 
@@ -30,7 +34,7 @@ _OF_THE_RUN = ("log", "log_dict")
 class Method(Callback):
     """A training method that attaches to any LightningModule.
 
-    A subclass overrides at most `rewrite`, `losses` and `helpers`, and keeps its addresses (parsed with
+    A subclass overrides at most `rewrite`, `losses`, `helpers` and `replacements`, and keeps its addresses (parsed with
     `address`) as attributes. The engine finds them there, records what they name, weights and adds the
     terms, and logs the raw terms (`NAME/term`) and their weighted sum (`NAME/loss`).
 
@@ -49,10 +53,12 @@ class Method(Callback):
 
     #: The terms replace the module's loss instead of adding to it.
     replaces_loss: bool = False
-    #: The module computes something else at inference too, so its checkpoints need the method.
+    #: The module computes something else at inference too, so its checkpoints need the method: it has `replacements`.
     changes_inference: ClassVar[bool] = False
     #: Two processes with half of a batch each train like one with all of it (terms are means over samples).
     exact_over_ranks: bool = True
+    #: Terms that have their whole weight from the first step on, whatever the ramp.
+    unramped: frozenset[str] = frozenset()
     #: A frozen network, readable under `teacher...` addresses.
     teacher: Teacher | None = None
 
@@ -95,8 +101,33 @@ class Method(Callback):
         """Called once: trainable parts, to be optimised with the module and saved with the callback."""
         return {}
 
+    def replacements(self, module: nn.Module) -> Mapping[str, nn.Module]:
+        """Called before the optimizers are made: new parts of the model, by the paths of those they replace.
+
+        A new part that takes over the Parameters of the old one (the objects, not copies) keeps them trained after
+        `undo`.
+        """
+        return {}
+
     def end_epoch(self) -> None:
         """Called once after each training epoch, on every rank: what the epoch gathered takes effect."""
+
+    # What an author may ask for
+
+    def probe(self, *inputs: Any, batch: Any = None) -> contextlib.AbstractContextManager[Step]:
+        """Runs the module's `forward` on other inputs, inside of a training step or outside: a context to read in.
+
+        It runs in the Trainer's precision, in the modes and with the gradients that are on at the time, and nothing
+        that the module's own step has recorded is lost. The context gives a `Step` in which `module...` addresses are
+        those of this run and `batch...` addresses are read in `batch`; there is no output. Recorded values die with
+        the context.
+
+        Args:
+            inputs: What `forward` is called with; an address among them is read in `batch`.
+            batch: What `batch...` addresses are read in.
+        """
+        assert self._step is not None, "a method probes a module only while it is attached to it"
+        return self._step.probe(self, inputs, batch)
 
     # What the engine asks
 
@@ -121,6 +152,39 @@ class Method(Callback):
         """Whether the class overrides `losses`."""
         return type(self).losses is not Method.losses
 
+    # Surgery
+
+    def apply(self, module: AnyModule) -> AnyModule:
+        """Puts the method's parts in place, as attaching does: before loading a checkpoint without a Trainer.
+
+        Idempotent: parts that this method has put there, in this run or an earlier one, stay.
+
+        Returns:
+            `module`.
+
+        Raises:
+            AddressError: If an address matches nothing.
+            MisconfigurationException: If another method has replaced one of the parts.
+        """
+        if not surgery.is_operated(module, self.name):
+            # Initial weights must not shift the random numbers of the module's training.
+            with torch.random.fork_rng(devices=[]):
+                surgery.operate(module, self.replacements(module), self.name, type(self).__name__)
+        return module
+
+    def undo(self, module: AnyModule) -> AnyModule:
+        """Puts the original parts back; what they share with the new ones stays as trained.
+
+        Returns:
+            `module`.
+        """
+        surgery.undo(module, self.name)
+        return module
+
+    def export(self, module: AnyModule) -> AnyModule:
+        """A copy that keeps the new parts and needs neither this callback nor a word of it in its state dict."""
+        return surgery.without_traces(module)
+
     def addresses(self) -> dict[str, AnyAddress]:
         """Every address that the method or its teacher reads, by the name of the argument that gave it."""
         named = dict(_addresses_in("", vars(self)))
@@ -136,7 +200,12 @@ class Method(Callback):
     # Lightning's hooks, in the order of a run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called before the optimizers are made: attaches, checks addresses, registers helpers."""
+        """Called before the optimizers are made: operates, attaches, checks addresses, registers helpers."""
+        if self.changes_inference:
+            self.apply(pl_module)
+            for average in helper_container.averages(trainer, pl_module):
+                if not surgery.is_operated(average.module, self.name):  # it has to begin where the module does
+                    self.apply(average.module).load_state_dict(pl_module.state_dict())
         if stage != "fit":
             return
         # An error in here needs no care: Lightning then calls `on_exception`.
@@ -166,7 +235,7 @@ class Method(Callback):
         """Called after each training epoch: ends it, and says if the method never did anything in it."""
         self.end_epoch()
         self._open_epoch = None
-        if not self.did_something and (self.rewrites or self.adds_losses):
+        if not self.did_something and not self.changes_inference and (self.rewrites or self.adds_losses):
             reason = "all its weights are 0" if not self.active else "it neither changed a batch nor gave a term"
             rank_zero_warn(f"{self!r} did nothing in epoch {trainer.current_epoch}: {reason}.")
         self.did_something = False
@@ -212,7 +281,7 @@ class Method(Callback):
             self.helper_parameters = list(trained)
 
     def _refuse(self, module: LightningModule) -> None:
-        if not module.automatic_optimization:
+        if not module.automatic_optimization and self.adds_losses:
             raise MisconfigurationException(
                 f"{self!r} adds to the loss that training_step returns, but {type(module).__name__} optimises "
                 f"manually, so Lightning ignores that loss. Call the method's functions from "
@@ -257,12 +326,18 @@ class Method(Callback):
         if self.ramp is not None and self.ramp.unit == "epoch":
             settings["warmup_epochs"] = self.ramp.length
         for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = settings.get(name, self.weights.get(name.removesuffix("_weight"), parameter.default))
+            value = settings.get(name, self.weights.get(_term(name), parameter.default))
             if isinstance(value, (Address, Computed)) and isinstance(parameter.default, str):
                 value = value if str(value) != parameter.default else parameter.default
             if value is not parameter.default and value != parameter.default:
-                parts.append(f"{name}={value!r}")
+                shown = f"Tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                parts.append(f"{name}={shown}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _term(argument: str) -> str:
+    """The term whose weight an argument gives: `x` for `x_weight` and `weight_x`."""
+    return argument.removeprefix("weight_") if argument.startswith("weight_") else argument.removesuffix("_weight")
 
 
 def _addresses_in(label: str, value: Any) -> Iterator[tuple[str, AnyAddress]]:

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lightning_methods._files import replace_file, write_json
 from lightning_methods.demos._experiment import Experiment, Results
-from lightning_methods.demos._records import Record, replace_file, write_json
+from lightning_methods.demos._records import Record
 from lightning_methods.demos._statistics import Estimate, Summary, summarise
 
 _PACKAGES = ("lightning-methods", "torch", "pytorch-lightning", "torchmetrics", "timm", "kornia", "scikit-learn")

@@ -16,9 +16,14 @@ def _fit_on_two(case: Case, methods: list[Any]) -> Run:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    module = case.module()
+    for method in methods:
+        if method.changes_inference:
+            method.apply(module)  # else the parts would be in the forked processes' copies alone
     try:
         return case.fit(
             methods,
+            module,
             strategy="ddp_fork",
             devices=2,
             loader=Batches(case.batches, share_out=True),

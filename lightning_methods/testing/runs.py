@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_methods.attach import AddressError
+from lightning_methods.attach import AddressError, Parts
 from lightning_methods.attach.address import Address, address
 from lightning_methods.testing._case import EPOCHS, STEPS, Case, NotApplicable, Run, close, same
 
@@ -51,10 +52,23 @@ def _traces(module: Any) -> dict[str, Any]:
     return found
 
 
+def _undone(run: Run) -> Any:
+    """The module, or a copy of it in which the method's changes to its parts are undone."""
+    method = run.methods[0]
+    if not method.changes_inference:
+        return run.module
+    copied = method.undo(copy.deepcopy(run.module))
+    assert _traces(copied) != _traces(run.module), "changes_inference is True, but it has replaced no part"
+    return copied
+
+
 def leaves_no_trace(case: Case) -> None:
-    """After a fit nothing on the module, and nothing of the module on the method, tells that they met."""
-    assert _traces(case.attached.module) == _traces(case.plain.module)
+    """After a fit nothing on the module, and nothing of the module on the method, tells that they met.
+
+    A method that changes inference leaves its parts, and `undo` takes them out.
+    """
     method = case.attached.methods[0]
+    assert _traces(_undone(case.attached)) == _traces(case.plain.module)
     assert method.teacher is None or not any(part._forward_hooks for part in method.teacher.network.modules()), (
         "a hook is left on the teacher"
     )
@@ -74,8 +88,8 @@ def changes_training(case: Case) -> None:
 def weight_zero_is_off(case: Case) -> None:
     """With every weight 0, training is bit for bit that without the method."""
     method = case.method()
-    if not method.weights or method.replaces_loss:
-        raise NotApplicable("it has no weights, or replaces the loss")
+    if not method.weights or method.replaces_loss or method.changes_inference:
+        raise NotApplicable("it has no weights, replaces the loss, or changes inference")
     method.weights = dict.fromkeys(method.weights, 0.0)
     method.task_weight = 1.0
     assert same(case.fit([method]).weights, case.plain.weights)
@@ -84,8 +98,8 @@ def weight_zero_is_off(case: Case) -> None:
 def several_together(case: Case) -> None:
     """Two instances under two names train together, in either order, and both act."""
     first, second = case.method(), case.method()
-    if first.replaces_loss:
-        raise NotApplicable("it replaces the loss, which one method can")
+    if first.replaces_loss or first.changes_inference:
+        raise NotApplicable("it replaces the loss or parts of the module, which one method can")
     second.name = f"{second.name}_second"
     both = case.fit([first, second])
     assert not same(both.weights, case.attached.weights), "the second one did nothing"
@@ -100,7 +114,7 @@ def fits_twice(case: Case) -> None:
     before = run.weights
     again = case.fit(run.methods, run.module)
     assert not same(before, again.weights)
-    assert _traces(again.module) == _traces(case.plain.module)
+    assert _traces(_undone(again)) == _traces(case.plain.module)
 
 
 class _Fail:
@@ -131,9 +145,11 @@ def accumulates_and_clips(case: Case) -> None:
     """Gradient accumulation over equal micro-batches and clipping work as without the method."""
     run = case.fit([case.method()], accumulate_grad_batches=STEPS, gradient_clip_val=0.01)
     assert run.trainer.global_step == EPOCHS
+    before = dict(case.module().named_parameters())
     change = sum(
-        (after.double() - before.cpu().double()).square().sum()
-        for after, before in zip(run.module.parameters(), case.module().parameters(), strict=True)
+        (after.double() - before[name].to(after).double()).square().sum()
+        for name, after in run.module.named_parameters()
+        if name in before  # a replaced part may have others
     )
     assert 0 < change < 1, "clipped steps are not small"
 
@@ -186,15 +202,19 @@ def works_with_lr_find(case: Case) -> None:
 
 def refuses_wrong_addresses(case: Case) -> None:
     """An address that names nothing is an error that shows it."""
-    own = {name: value for name, value in vars(case.method()).items() if isinstance(value, Address)}
+    own = {name: value for name, value in vars(case.method()).items() if isinstance(value, (Address, Parts))}
     if not own:
         raise NotApplicable("it has no addresses of its own")
     for name, value in own.items():
-        wrong = f"{value}.no_such_name" if value.items or not value.captured else f"{value.root}.no_such_name"
-        if _fit_with(case, name, _was_read) is not None:  # settings may make an address superfluous
-            error = _fit_with(case, name, address(wrong))
-            assert isinstance(error, AddressError), f"{wrong!r} as `{name}` gave {error!r}"
-            assert "no_such_name" in str(error), f"the error for {wrong!r} does not show it: {error}"
+        wrong: Any = Parts("module.no_such_name")
+        if isinstance(value, Address):
+            if _fit_with(case, name, address(_was_read)) is None:  # settings may make an address superfluous
+                continue
+            inside = value.items or not value.captured
+            wrong = address(f"{value}.no_such_name" if inside else f"{value.root}.no_such_name")
+        error = _fit_with(case, name, wrong)
+        assert isinstance(error, AddressError), f"{wrong!r} as `{name}` gave {error!r}"
+        assert "no_such_name" in str(error), f"the error for {wrong!r} does not show it: {error}"
 
 
 def _was_read(_step: Any) -> Any:
@@ -203,7 +223,7 @@ def _was_read(_step: Any) -> Any:
 
 def _fit_with(case: Case, name: str, where: Any) -> Exception | None:
     method = case.method()
-    setattr(method, name, address(where))
+    setattr(method, name, where)
     try:
         case.fit([method])
     except (AddressError, LookupError) as error:

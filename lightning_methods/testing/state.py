@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lightning_methods.testing._case import EPOCHS, STEPS, Batches, Case, NotApplicable, same
+from lightning_methods.testing._case import EPOCHS, STEPS, Batches, Case, NotApplicable, Run, same
 
 
 def _fit_with_checkpoints(case: Case, folder: str, **arguments: Any) -> tuple[Any, list[Path]]:
@@ -61,6 +61,28 @@ def checkpoint_is_plain(case: Case) -> None:
     assert not ours, f"the checkpoint needs {ours} to be read"
 
 
+def checkpoint_says_what_it_needs(case: Case) -> None:
+    """Where inference changes, a checkpoint refuses the module alone by the method's name and loads after `apply`."""
+    method = case.method()
+    if not method.changes_inference:
+        raise NotApplicable("its checkpoints are plain")
+    with tempfile.TemporaryDirectory() as folder:
+        run, checkpoints = _fit_with_checkpoints(case, folder)
+        state = torch.load(checkpoints[-1], weights_only=True)["state_dict"]
+    refusal = ""
+    try:
+        case.module().load_state_dict(state)
+    except RuntimeError as error:
+        refusal = str(error)
+    assert type(method).__name__ in refusal, f"loading into the module alone does not name the method: {refusal!r}"
+    restored = method.apply(case.module())
+    restored.load_state_dict(state)
+    assert same(Run(restored, None, []).weights, run.weights)
+    exported = method.export(restored)
+    assert type(method).__name__ not in str(list(exported.state_dict())), "an exported module names the method"
+    assert all(torch.equal(*pair) for pair in zip(exported.parameters(), restored.parameters(), strict=True))
+
+
 def copies_are_free(case: Case) -> None:
     """In mid-training, a copied or pickled module is a plain one, and the method can be copied too."""
     copies: list[Any] = []
@@ -84,5 +106,6 @@ def copies_are_free(case: Case) -> None:
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {
-    check.__name__: check for check in (resumes_exactly, checkpoint_is_plain, copies_are_free)
+    check.__name__: check
+    for check in (resumes_exactly, checkpoint_is_plain, checkpoint_says_what_it_needs, copies_are_free)
 }

@@ -13,10 +13,11 @@ import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch import nn
 
+from lightning_methods._files import replace_file, write_json
 from lightning_methods.demos import _command, _training
 from lightning_methods.demos._command import demo_parser, run_demo
 from lightning_methods.demos._experiment import Experiment, Metric, Shared
-from lightning_methods.demos._records import Record, ResultFolder, kept_state, replace_file, write_json
+from lightning_methods.demos._records import Record, ResultFolder, kept_state
 from lightning_methods.demos._statistics import estimate
 from lightning_methods.demos._training import evaluate, fit
 
