@@ -164,6 +164,49 @@ METHODS: tuple[MethodInfo, ...] = (
             "The matrix of clusters takes the memory of attention weights, except in blocks.",
         ),
     ),
+    MethodInfo(
+        name="stillmix",
+        title="StillMix: clips blended with still frames that give their label away, so that motion must be learned",
+        callbacks=("StillMix", "VideoAugment"),
+        functional=(
+            "stillmix",
+            "sample_stillmix",
+            "frame_bias_scores",
+            "select_biased_frames",
+            "mixup_videos",
+            "videomix",
+            "videomix_box",
+            "background_erase",
+            "fame",
+            "fame_foreground_mask",
+            "actor_cutmix",
+            "still_video",
+            "average_views",
+            "contrasted_accuracy",
+            "sinusoidal_stripes",
+            "sample_stripes",
+            "random_stripes",
+            "replace_background",
+            "conflicting_foreground",
+            "merge_foreground_masks",
+            "boxes_to_masks",
+            "foreground_valid",
+        ),
+        paper=(
+            "Li et al., Mitigating and Evaluating Static Bias of Action Representations in the Background and the "
+            "Foreground, ICCV 2023, arXiv 2211.12883"
+        ),
+        task="video classification, robustness to static bias",
+        kind="step",
+        changes_inference=False,
+        card="docs/methods/stillmix.md",
+        known_limits=(
+            "It is for labels that lie in the motion: where one frame rightly decides, it takes evidence away.",
+            "In our small world, choosing the frames does no better than taking any frame of the batch.",
+            "Of the paper only the abstract could be read: formulas and settings are those of the authors' code.",
+        ),
+        commands=("score-frames", "build-scuba"),
+    ),
 )
 
 

@@ -23,6 +23,7 @@ PYTHON = {
     "docs/index.md": 3,
     "docs/methods/acf.md": 5,
     "docs/methods/ikl.md": 4,
+    "docs/methods/stillmix.md": 5,
     "docs/methods/twbert.md": 4,
     "docs/methods/proreg.md": 6,
     "docs/write-a-method.md": 3,

@@ -214,10 +214,12 @@ class StillMix(_MixesVideos):
         """Called before the optimizers are made: attaches, and chooses the frames, so that bad scores fail here."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            if self._resized:  # the frames in their own size are gone, and the clips may be of another one now
+                self._augment.bank = None
             self._restored, self._drawn_at, self._resized, self._news = [], 0, False, {}
-            if isinstance(self.bank, FrameBankSpec):
-                self._choose(self.bank, trainer, 0)
-            elif self.bank is not None:
+            if self._spec is not None:
+                self._choose(self._spec, trainer, 0)
+            elif isinstance(self.bank, FrameBank):
                 self._augment.bank = self.bank
                 self._news = {"bank_size": float(len(self.bank))}
             self._augment.to(trainer.strategy.root_device)
@@ -238,11 +240,6 @@ class StillMix(_MixesVideos):
         super().on_train_epoch_start(trainer, pl_module)
         self._refresh_if_due(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Called when training raises: leaves the module, and the device's memory."""
-        super().on_exception(trainer, pl_module, exception)
-        self._augment.cpu()
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called at the end: leaves the module, and the device's memory."""
         super().teardown(trainer, pl_module, stage)
@@ -257,10 +254,15 @@ class StillMix(_MixesVideos):
         super().load_state_dict(state_dict)
         self._restored, self._drawn_at = state_dict["keys"], state_dict["drawn_at"]
 
+    @property
+    def _spec(self) -> FrameBankSpec | None:
+        """The recipe, if there is one to be used."""
+        return self.bank if isinstance(self.bank, FrameBankSpec) and self.active else None
+
     def _refresh_if_due(self, trainer: Trainer) -> None:
         every = self.refresh_every_n_epochs
-        if isinstance(self.bank, FrameBankSpec) and every and trainer.current_epoch >= self._drawn_at + every:
-            self._choose(self.bank, trainer, trainer.current_epoch)
+        if self._spec is not None and every and trainer.current_epoch >= self._drawn_at + every:
+            self._choose(self._spec, trainer, trainer.current_epoch)
             self._fill(trainer)
 
     def _choose(self, spec: FrameBankSpec, trainer: Trainer, epoch: int) -> None:
@@ -270,12 +272,12 @@ class StillMix(_MixesVideos):
 
     def _fill(self, trainer: Trainer) -> None:
         """Reads the frames of a recipe, unless they are those that are there."""
-        if not isinstance(self.bank, FrameBankSpec):
+        if self._spec is None:
             return
         if self._restored:
-            self._restore(self.bank, trainer)
+            self._restore(self._spec, trainer)
         if self._augment.bank is None or self._augment.bank.keys != self._keys:
-            self._augment.bank = self.bank.read(self._keys).to(trainer.strategy.root_device)
+            self._augment.bank = self._spec.read(self._keys).to(trainer.strategy.root_device)
             self._resized = False
         self._keys_of_ranks = _of_all_ranks(list(self._keys))
 
@@ -361,7 +363,8 @@ class VideoAugment(_MixesVideos):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called before the optimizers are made: attaches, and brings the module's buffers to the device."""
         super().setup(trainer, pl_module, stage)
-        self.module.to(trainer.strategy.root_device)
+        if stage == "fit":
+            self.module.to(trainer.strategy.root_device)
 
 
 def _of_all_ranks(keys: list[str]) -> list[list[str]]:

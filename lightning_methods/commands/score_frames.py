@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import sys
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from lightning_methods._files import claim_folder, replace_file
+from lightning_methods.commands._progress import progress
 from lightning_methods.datamodules import VideoSource
 from lightning_methods.datamodules._video_files import VideoKind
 from lightning_methods.datamodules.stillmix_frames import AllFrames, RandomFrames, frame_batches, random_frame_loader
@@ -97,46 +94,43 @@ def _parser() -> ArgumentParser:
 
 def _run(options: Namespace) -> None:
     source = VideoSource(options.list, options.root, options.kind, options.template)
+    training = RandomFrames(source, resize=options.resize, size=options.size, seed=options.seed)
+    frames = AllFrames(source, size=options.size, every=options.every)
     work = options.out.with_name(f"{options.out.name}.work")
-    _open(work, options)
-    classes = options.num_classes or 1 + max(entry.label for entry in source.entries())
-    pretrained = {"imagenet": True, "none": False}.get(options.weights, options.weights)
-    begun = (work / "network.pt").exists() or (work / "training.ckpt").exists()
-    torch.manual_seed(options.seed)
-    network = SingleFrameClassifier(
-        options.network,
-        classes,
-        pretrained=not begun and pretrained,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        milestones=options.milestones,
-    )
-    _train(network, source, work, options)
-    scores = _score(network, source, work, options)
+    network = _network(source, work, options)
+    # What is wrong with the options has been said by now: a folder of results is for those that work.
+    settings = {name: _plain(value) for name, value in vars(options).items() if name not in _FREE}
+    claim_folder(work, settings, resume=options.resume)
+    _train(network, training, work, options)
+    scores = _score(network, frames, work, options)
     save_frame_scores(options.out, scores)
     low, high = scores.top_prob.aminmax()
     print(f"{len(scores.keys)} frames, scored {low:.3g} to {high:.3g}: {options.out}")
 
 
-def _open(work: Path, options: Namespace) -> None:
-    """The folder of what is done so far; it must belong to the same settings."""
-    settings = {name: str(value) for name, value in vars(options).items() if name not in _FREE}
-    file = work / "settings.json"
-    if file.exists() and not options.resume:
-        raise ValueError(f"{work} holds an earlier call: add --resume to go on with it, or remove it")
-    if file.exists() and (before := json.loads(file.read_text())) != settings:
-        changed = ", ".join(f"--{name.replace('_', '-')}" for name in settings if settings[name] != before.get(name))
-        raise ValueError(f"{work} was begun with other settings ({changed}): give the same, or remove it")
-    work.mkdir(parents=True, exist_ok=True)
-    _replace(file, lambda path: path.write_text(json.dumps(settings, indent=1)))
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
-def _train(network: SingleFrameClassifier, source: VideoSource, work: Path, options: Namespace) -> None:
+def _network(source: VideoSource, work: Path, options: Namespace) -> SingleFrameClassifier:
+    pretrained = {"imagenet": True, "none": False}.get(options.weights, options.weights)
+    begun = (work / "network.pt").exists() or (work / "training.ckpt").exists()
+    torch.manual_seed(options.seed)
+    return SingleFrameClassifier(
+        options.network,
+        options.num_classes or 1 + max(entry.label for entry in source.entries()),
+        pretrained=not begun and pretrained,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        milestones=options.milestones,
+    )
+
+
+def _train(network: SingleFrameClassifier, frames: RandomFrames, work: Path, options: Namespace) -> None:
     file, last = work / "network.pt", work / "training.ckpt"
     if not file.exists():
-        frames = RandomFrames(source, resize=options.resize, size=options.size, seed=options.seed)
         loader = random_frame_loader(frames, batch_size=options.batch_size, num_workers=options.workers)
-        with _progress("training", options.epochs) as advance:
+        with progress("epochs", 0, options.epochs) as advance:
             trainer = Trainer(
                 max_epochs=options.epochs,
                 accelerator=options.accelerator,
@@ -149,7 +143,7 @@ def _train(network: SingleFrameClassifier, source: VideoSource, work: Path, opti
                 callbacks=[_Epochs(last, options.seed, advance)],
             )
             trainer.fit(network, loader, ckpt_path=last if last.exists() else None)
-        _replace(file, lambda path: torch.save(network.state_dict(), path))
+        replace_file(file, lambda path: torch.save(network.state_dict(), path))
         last.unlink(missing_ok=True)
     network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     if options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -161,22 +155,26 @@ class _Epochs(Callback):
 
     def __init__(self, file: Path, seed: int, advance: Callable[[int], None]) -> None:
         self.file, self.seed, self.advance = file, seed, advance
+        self.done = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Called before each epoch: seeds what the network draws, dropout for one."""
-        self.advance(trainer.current_epoch)
+        self._show(trainer.current_epoch)
         torch.manual_seed(seeded("epoch", self.seed, trainer.current_epoch).initial_seed())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Called after each epoch: saves it."""
-        _replace(self.file, trainer.save_checkpoint)
-        self.advance(trainer.current_epoch + 1)
+        replace_file(self.file, trainer.save_checkpoint)
+        self._show(trainer.current_epoch + 1)
+
+    def _show(self, done: int) -> None:
+        self.advance(done - self.done)
+        self.done = done
 
 
-def _score(network: SingleFrameClassifier, source: VideoSource, work: Path, options: Namespace) -> FrameScores:
-    frames = AllFrames(source, size=options.size, every=options.every)
+def _score(network: SingleFrameClassifier, frames: AllFrames, work: Path, options: Namespace) -> FrameScores:
     parts = []
-    with _progress("scoring", len(frames)) as advance:
+    with progress("videos", 0, len(frames)) as advance:
         for start in range(0, len(frames), options.videos_per_part):
             videos = range(start, min(start + options.videos_per_part, len(frames)))
             file = work / f"scores-{videos.start:08}-{videos.stop:08}.npz"
@@ -186,40 +184,9 @@ def _score(network: SingleFrameClassifier, source: VideoSource, work: Path, opti
                 scores = score_frames(network, batches, temperature=options.temperature, autocast=autocast)
                 save_frame_scores(file, scores)
             parts.append(load_frame_scores(file))
-            advance(videos.stop)
+            advance(len(videos))
     return FrameScores(
         tuple(key for part in parts for key in part.keys),
         torch.cat([part.target_prob for part in parts]),
         torch.cat([part.top_prob for part in parts]),
     )
-
-
-def _replace(file: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside a file, and puts the result there in one step."""
-    temporary = file.with_name(f".{os.getpid()}-{file.name}")
-    try:
-        write(temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar; without a terminal or without rich, a line now and then."""
-    if find_spec("rich") is not None and sys.stdout.isatty():
-        from rich.progress import Progress
-
-        with Progress() as progress:
-            task = progress.add_task(label, total=total)
-            yield lambda done: progress.update(task, completed=done)
-        return
-    last = -10.0
-
-    def line(done: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= 10:
-            last = time.monotonic()
-            print(f"{label}: {done} of {total}", flush=True)
-
-    yield line

@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL import Image
 from torch import Tensor
+
+from lightning_methods._files import replace_file, write_json
 
 FRAME = "frame{:06d}.jpg"
 
@@ -40,7 +42,7 @@ class SetFolder:
         if self._manifest.exists():
             self._load()
         else:
-            _write_text(self._manifest, json.dumps({"settings": settings}, indent=2))
+            write_json(self._manifest, {"settings": settings})
 
     def _load(self) -> None:
         there = json.loads(self._manifest.read_text())
@@ -53,7 +55,7 @@ class SetFolder:
         if self._journal.exists():
             *lines, cut = self._journal.read_text().split("\n")
             if cut:  # where a call was stopped
-                _write_text(self._journal, "".join(f"{line}\n" for line in lines))
+                _write_lines(self._journal, lines)
             self.made.update(json.loads(line) for line in lines)
 
     def add(self, source: str, records: Mapping[str, Record]) -> None:
@@ -78,11 +80,7 @@ class SetFolder:
 
     def write_frame(self, name: str, frame: Tensor) -> None:
         """A single image, from uint8 (3, H, W)."""
-        path = self.path / f"{name}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
-        _save(frame, temporary)
-        temporary.replace(path)
+        replace_file(self.path / f"{name}.jpg", lambda path: _save(frame, path))
 
     def finish(self, made: Mapping[str, Record], skipped: Mapping[str, str]) -> Path:
         """Writes the manifest and the list; returns the path of the list.
@@ -93,10 +91,9 @@ class SetFolder:
         if not made:
             first = next((f"; first: {name}: {reason}" for name, reason in skipped.items()), "")
             raise ValueError(f"{self.path}: no video could be made{first}")
-        content = {"settings": self._settings, "videos": made, "skipped": skipped}
-        _write_text(self._manifest, json.dumps(content, indent=2))
-        lines = (f"{name} {record['num_frames']} {record['label']}\n" for name, record in made.items())
-        path = _write_text(self.path / "list.txt", "".join(lines))
+        write_json(self._manifest, {"settings": self._settings, "videos": made, "skipped": skipped})
+        path = self.path / "list.txt"
+        _write_lines(path, [f"{name} {record['num_frames']} {record['label']}" for name, record in made.items()])
         self._journal.unlink(missing_ok=True)
         return path
 
@@ -110,8 +107,8 @@ def _save(frame: Tensor, path: Path) -> None:
     Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).save(path, quality=_QUALITY)
 
 
-def _write_text(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    temporary.write_text(text)
-    return temporary.replace(path)
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+
+    replace_file(path, write)

@@ -92,10 +92,11 @@ class MovingShapesDataModule(InMemoryDataModule):
 
     def load_splits(self) -> dict[str, tuple[Tensor, ...]]:
         """Writes the videos, if need be, and reads (video, label, index) of each set."""
-        if self.root is not None:
-            return self._read(Path(self.root).expanduser())
-        with TemporaryDirectory() as folder:
-            return self._read(Path(folder))
+        with (
+            torch.random.fork_rng(devices=[]),
+            TemporaryDirectory() as folder,
+        ):  # loaders draw from the global generator
+            return self._read(Path(folder) if self.root is None else Path(self.root).expanduser())
 
     def test_dataloader(self) -> list[TensorLoader]:  # type: ignore[override]  # several test sets
         """A loader for each of `test_names`, in order."""

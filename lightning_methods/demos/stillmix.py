@@ -168,6 +168,10 @@ class Setup:
         return score_frames(reference, _all_frames(data))
 
 
+#: What `--fast` runs.
+FAST = Setup(train_size=600, test_size=100, reference_epochs=6, bank_size=256, selector_seeds=1)
+
+
 @lru_cache(maxsize=1)
 def _world(train_size: int, test_size: int, seed: int) -> MovingShapesDataModule:
     """A world in memory; its arms run one after the other."""
@@ -199,9 +203,7 @@ def experiment(*, fast: bool = False, tune: bool = False) -> Experiment:
         fast: Fewer clips, epochs and seeds.
         tune: The search for the probabilities of mixing instead, on worlds of its own.
     """
-    setup = (
-        Setup(train_size=400, test_size=100, reference_epochs=6, bank_size=256, selector_seeds=1) if fast else Setup()
-    )
+    setup = FAST if fast else Setup()
     if tune:
         setup = replace(setup, arms=candidates(), selector_seeds=0)
     about = "; ".join(f"{arm.title}: {arm.about}" for arm in _ARMS.values())

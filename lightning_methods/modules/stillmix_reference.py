@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,9 @@ class SingleFrameClassifier(LightningModule):
 def _network(name: str, num_classes: int, pretrained: bool | str | Path) -> nn.Module:
     import timm
 
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
+        raise ValueError(f"`model`: timm has no model {name!r}.{f' It has {near}.' if near else ''}")
     file = None if isinstance(pretrained, bool) else {"file": str(pretrained)}
     network: nn.Module = timm.create_model(
         name, pretrained=bool(pretrained), num_classes=num_classes, pretrained_cfg_overlay=file

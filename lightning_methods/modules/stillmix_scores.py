@@ -1,6 +1,5 @@
 """How much single frames give their label away: scoring them with a network, keeping the scores in a file."""
 
-import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_methods._files import replace_file
 from lightning_methods.functional import frame_bias_scores
 
 
@@ -112,7 +112,6 @@ def save_frame_scores(path: str | Path, scores: FrameScores) -> None:
     Raises:
         ValueError: If the scores do not fit together, or a key has a line break.
     """
-    path = Path(path)
     keys = check_scores(scores).keys
     text = "\n".join(keys)
     if text.count("\n") != max(0, len(keys) - 1):
@@ -120,13 +119,12 @@ def save_frame_scores(path: str | Path, scores: FrameScores) -> None:
     # numpy would store text in one width for all keys.
     arrays = {"keys": np.frombuffer(text.encode(), np.uint8)}
     arrays |= {name: getattr(scores, name).double().cpu().numpy() for name in ("target_prob", "top_prob")}
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # to a name, numpy may add a suffix
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    replace_file(Path(path), write)
 
 
 def load_frame_scores(path: str | Path) -> FrameScores:

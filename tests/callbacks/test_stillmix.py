@@ -164,6 +164,9 @@ def test_probability_0_is_not_attached_bit_for_bit() -> None:
         train(StillMix(bank(), p=0.0), module=module)
     assert same(module, train(Callback()))
     assert all(videos is given for (videos, _), given in zip(module.seen, VIDEOS, strict=True))
+    ASKED.clear()
+    train(StillMix(recipe(), p=0.0, refresh_every_n_epochs=1), max_epochs=2)
+    assert not ASKED, "frames that nobody needs are not read"
 
 
 def test_blending_starts_with_its_epoch(recwarn: pytest.WarningsRecorder) -> None:
@@ -183,7 +186,8 @@ def test_the_modules_random_numbers_are_those_without_it() -> None:
 
 
 def test_seeds() -> None:
-    first, again, other = (train(StillMix(bank(), seed=seed)) for seed in (3, 3, 4))
+    method = StillMix(bank(), seed=3)
+    first, again, other = train(method), train(method), train(StillMix(bank(), seed=4))
     assert same(first, again)
     assert not same(first, other)
     # `fit` seeds PyTorch with 1
@@ -246,6 +250,11 @@ def test_a_bank_of_another_size_is_resized_once() -> None:
     assert small.frames.shape[-2:] == (6, 2), "the user's bank stays"
     again = train(method, [(videos[..., :2], TARGETS) for videos in VIDEOS], Narrow())
     explained(again.seen[0][0], VIDEOS[0][..., :2], F.interpolate(small.frames, (3, 2), mode="bilinear"))
+    ASKED.clear()
+    of_recipe = StillMix(recipe(size=2), resize=True, p=1.0)
+    for _ in range(2):
+        train(of_recipe)
+    assert len(ASKED) == 8, "what was resized is read again for another fit"
     with pytest.raises(ValueError, match="frames are 2 x 3 x 3 and the clips 2 x 3 x 2"):
         train(method, [BATCHES[0], (VIDEOS[0][..., :2], TARGETS)])
 

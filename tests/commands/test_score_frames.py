@@ -135,9 +135,9 @@ def test_another_seed_gives_other_scores(videos, unbroken, tmp_path):
 
 def test_what_belongs_to_other_settings_is_not_mixed(videos, unbroken, capsys):
     assert call(videos, unbroken) == 1
-    assert "holds an earlier call: add --resume" in capsys.readouterr().err
+    assert "already holds results: continue them with --resume" in capsys.readouterr().err
     assert call(videos, unbroken, "--resume", "--seed", "7", "--every", "2") == 1
-    assert "other settings (--every, --seed)" in capsys.readouterr().err
+    assert "other settings: every is null there and 2 here; seed is" in capsys.readouterr().err
     assert call(videos, unbroken, "--resume", "--workers", "1") == 0
 
 
@@ -164,6 +164,7 @@ def test_weights_to_start_with_come_from_a_file(videos, tmp_path):
         (["--root", "nowhere"], "6 of 6 videos"),
         (["--size", "64"], "`size` must be at most `resize`"),
         (["--lr", "0"], "`lr` must be positive"),
+        (["--network", "resnet5O"], "timm has no model 'resnet5O'. It has resnet50"),
     ],
 )
 def test_errors_are_a_sentence(videos, tmp_path, more, message, capsys):
@@ -171,6 +172,7 @@ def test_errors_are_a_sentence(videos, tmp_path, more, message, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+    assert not list(tmp_path.iterdir()), "a folder of results is for options that work"
 
 
 def test_it_is_a_command_of_the_package(capsys):

@@ -241,6 +241,16 @@ def test_nothing_that_can_be_read_is_an_error_in_training(hmdb51):
         list(data.train_dataloader())
 
 
+def test_trains_under_lightning(hmdb51, trainer, model):
+    train = frames_source(hmdb51, "trainlist01.txt")
+    trainer().fit(model, VideoListDataModule(train, clips=4, **SMALL))
+    assert sorted(int(label) for batch in model.seen["train"] for label in batch[1]) == [0, 1, 2]
+    assert not model.seen["val"]
+    val = frames_source(hmdb51, "testlist01.txt")
+    trainer().fit(model, VideoListDataModule(train, val, clips=4, **SMALL))
+    assert len(model.seen["val"]) == 2  # the sanity check and the epoch
+
+
 # --- static bias ----------------------------------------------------------------------------------
 
 

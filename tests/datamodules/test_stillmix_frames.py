@@ -134,6 +134,12 @@ def test_a_uniform_frame_of_each_video_an_epoch(folders):
     assert (counts / 200).tolist() == pytest.approx([0.2] * 5, abs=0.1)
 
 
+def test_every_video_has_a_draw_of_its_own(folders, tmp_path):
+    (tmp_path / "list.txt").write_text("cartwheel/b 5 6\n" * 2)
+    frames = RandomFrames(folders, resize=4, size=4)
+    assert any(not torch.equal(frames[epoch, 0][0], frames[epoch, 1][0]) for epoch in range(10))
+
+
 def test_crops_and_flips_are_those_of_the_square(tmp_path):
     (tmp_path / "v").mkdir()
     pixels = torch.arange(36, dtype=torch.uint8).reshape(6, 6, 1).expand(6, 6, 3)

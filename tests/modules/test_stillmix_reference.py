@@ -43,6 +43,15 @@ def test_defaults_are_the_published_recipe():
     assert schedule.gamma == 0.1
 
 
+def test_bytes_are_normalised_and_floating_frames_are_not():
+    model = SingleFrameClassifier(network(), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    pixels = torch.randint(256, (6, 3, 2, 2), dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    torch.testing.assert_close(model(pixels), model((pixels / 255 - mean) / std))
+    assert torch.equal(model(pixels.float()), model.model(pixels.float()))
+    assert not [name for name in model.state_dict() if "mean" in name]
+
+
 def test_a_network_of_timm():
     model = SingleFrameClassifier("test_resnet", 5, pretrained=False)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
