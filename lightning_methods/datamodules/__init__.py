@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         read_temporal_annotations,
         read_wsvad_list,
     )
+    from lightning_methods.datamodules.umil_worlds import SyntheticBiasedBagsDataModule
 
 __all__ = [
     "CIFAR100DistillDataModule",
@@ -30,6 +31,7 @@ __all__ = [
     "ImageNetLTDataModule",
     "SnippetFeatureDataModule",
     "SuperclassDataModule",
+    "SyntheticBiasedBagsDataModule",
     "TADDataModule",
     "UCFCrimeDataModule",
     "VideoRecord",
@@ -44,6 +46,7 @@ _FILES = {
     "ImageNetLTDataModule": "ikl",
     "SnippetFeatureDataModule": "umil",
     "SuperclassDataModule": "ikl_worlds",
+    "SyntheticBiasedBagsDataModule": "umil_worlds",
     "TADDataModule": "umil",
     "UCFCrimeDataModule": "umil",
     "VideoRecord": "umil",
