@@ -56,6 +56,22 @@ def read_temporal_annotations(path: str | Path) -> dict[str, tuple[tuple[int, in
     return dict(lines)
 
 
+def read_intervals(path: Path) -> dict[str, _Intervals]:
+    """Intervals by name of the video, from a list or a file of temporal annotations: whichever it is.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is neither.
+    """
+    try:
+        return {record.name: record.intervals for record in read_wsvad_list(path)}
+    except ValueError as of_list:
+        try:
+            return read_temporal_annotations(path)
+        except ValueError as of_annotations:
+            raise ValueError(f"{of_list}; nor are they {of_annotations}") from of_annotations
+
+
 def annotate(
     records: Sequence[VideoRecord], annotations: Mapping[str, _Intervals], list_path: Path, path: Path
 ) -> list[VideoRecord]:

@@ -92,15 +92,11 @@ def frame_level_pieces(
     _check_scores(video_index, snippet_index, scores, num_frames)
     if smooth_segments is not None and smooth_segments < 1:
         raise ValueError(f"`smooth_segments` must be at least 1 or None, got {smooth_segments}")
-    video, scores = _ordered(video_index.long(), snippet_index.long(), scores.double())
     frames = num_frames.long()
-    counts = video.bincount(minlength=len(frames))
-    if not counts.all():
-        first = int(counts.argmin())
-        raise ValueError(f"`scores` must cover every video, {int((counts == 0).sum())} have none; first: video {first}")
     offsets = frames.cumsum(0) - frames
-    rank = torch.arange(len(video), device=video.device) - (counts.cumsum(0) - counts)[video]
-    starts = offsets[video] + (rank * (frames / counts.double())[video] + 0.5).long()
+    video, scores = _ordered(video_index.long(), snippet_index.long(), scores)
+    starts = _starts(video, frames, offsets)
+    del video  # of a long set a good part of the memory
     if smooth_segments is not None:
         # Windows 0, w, 2w, …, the last of them up to the end of the video.
         steps = torch.arange(smooth_segments + 1, device=frames.device)
@@ -108,7 +104,7 @@ def frame_level_pieces(
         scores, starts = _means(starts, scores, windows, frames.sum()), windows
     lengths = _lengths(starts, frames.sum())
     kept = lengths > 0
-    return FramePieces(scores[kept], lengths[kept])
+    return FramePieces(scores[kept].double(), lengths[kept])
 
 
 def frame_level_scores(
@@ -253,21 +249,32 @@ def _ordered(video: Tensor, snippet: Tensor, scores: Tensor) -> tuple[Tensor, Te
     return video[first], scores[first]
 
 
+def _starts(video: Tensor, frames: Tensor, offsets: Tensor) -> Tensor:
+    """First frame of each snippet in the row of all videos."""
+    counts = video.bincount(minlength=len(frames))
+    if not counts.all():
+        first = int(counts.argmin())
+        raise ValueError(f"`scores` must cover every video, {int((counts == 0).sum())} have none; first: video {first}")
+    rank = torch.arange(len(video), device=video.device) - (counts.cumsum(0) - counts)[video]
+    return offsets[video] + (rank * (frames / counts.double())[video] + 0.5).long()
+
+
 def _means(starts: Tensor, values: Tensor, windows: Tensor, end: Tensor) -> Tensor:
     """Mean over each window of the function that is `values[i]` from `starts[i]` on; both ascend from 0 to `end`."""
     cuts = torch.cat([starts, windows]).sort().values
-    lengths = _lengths(cuts, end).double()
     # Of starts that are equal the last one counts: the runs before it are empty.
-    run = torch.searchsorted(starts, cuts, right=True) - 1
-    window = torch.searchsorted(windows, cuts, right=True) - 1
+    run = torch.searchsorted(starts, cuts, right=True, out_int32=True).sub_(1)
+    window = torch.searchsorted(windows, cuts, right=True, out_int32=True).sub_(1)
     # Means of the difference to the window's first value, so that constant windows are exact.
-    first = values[torch.searchsorted(starts, windows, right=True) - 1]
-    sums = torch.zeros_like(first).index_add_(0, window, lengths * (values[run] - first[window]))
-    return first + sums / _lengths(windows, end).clamp_min(1)
+    first = values[torch.searchsorted(starts, windows, right=True) - 1].double()
+    areas = values[run].double().sub_(first[window]).mul_(_lengths(cuts, end))
+    return first + torch.zeros_like(first).index_add_(0, window, areas) / _lengths(windows, end).clamp_min(1)
 
 
 def _lengths(starts: Tensor, end: Tensor) -> Tensor:
-    return torch.cat([starts[1:], end[None]]) - starts
+    ends = starts.roll(-1)
+    ends[-1:] = end
+    return ends.sub_(starts)
 
 
 def _by_value(values: Tensor, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:

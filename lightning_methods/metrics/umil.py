@@ -111,12 +111,12 @@ class _FrameLevelMetric(Metric):
         scored = torch.zeros_like(wanted).index_fill(0, video, True)
         self._warn_of_missing(wanted & ~scored)
         chosen = wanted & scored
-        kept = chosen[video]
-        number = chosen.cumsum(0) - 1  # of a chosen video among the chosen
+        if not chosen.all():
+            kept = chosen[video]
+            number = chosen.cumsum(0) - 1  # of a chosen video among the chosen
+            video, snippet, scores = number[video[kept]], snippet[kept], scores[kept]
         frames = torch.tensor([record.num_frames for record in self.records])[chosen]
-        pieces = frame_level_pieces(
-            number[video[kept]], snippet[kept], scores[kept], frames, smooth_segments=self.smooth_segments
-        )
+        pieces = frame_level_pieces(video, snippet, scores, frames, smooth_segments=self.smooth_segments)
         offsets = (frames.cumsum(0) - frames).tolist()
         of_chosen = [span for span, taken in zip(spans, chosen.tolist(), strict=True) if taken]
         intervals = [(a + start, a + end) for a, span in zip(offsets, of_chosen, strict=True) for start, end in span]
