@@ -62,6 +62,45 @@ METHODS: tuple[MethodInfo, ...] = (
             "Class-wise weights hold a C x C matrix: use class_wise=False from about 20,000 classes on.",
         ),
     ),
+    MethodInfo(
+        name="umil",
+        title="UMIL: a detector trained on bags learns from confident and from ambiguous instances at once",
+        callbacks=("UMIL",),
+        functional=(
+            "umil_invariance_loss",
+            "umil_detector_loss",
+            "umil_mil_loss",
+            "mil_topk_loss",
+            "mil_ranking_loss",
+            "temporal_smoothness",
+            "temporal_sparsity",
+            "confidence_split",
+            "confidence_split_from_moments",
+            "pairwise_cluster_loss",
+            "pairwise_bce",
+            "snippet_similarity",
+            "label_similarity",
+            "snippet_cell_index",
+            "frame_level_scores",
+            "frame_level_pieces",
+            "piecewise_auroc",
+            "piecewise_average_precision",
+        ),
+        paper=(
+            "Lv et al., Unbiased Multiple Instance Learning for Weakly Supervised Video Anomaly Detection, CVPR 2023, "
+            "arXiv 2303.12369"
+        ),
+        task="weakly supervised anomaly detection, multiple-instance learning",
+        kind="step",
+        changes_inference=False,
+        card="docs/methods/umil.md",
+        known_limits=(
+            "Pairs cannot tell normal from abnormal: begun too early, all predictions may be inverted.",
+            "The similarity threshold has to fit the features: with nearly all pairs alike, or none, it does not help.",
+            "Of the paper only summaries could be read, and nobody is known to have reproduced its numbers.",
+        ),
+        commands=("score-video",),
+    ),
 )
 
 

@@ -165,6 +165,7 @@ LIMIT_ARMS = {
 }
 LIMITS = {
     "as-above": World(),
+    "lr=1e-3": World(detector={"lr": 1e-3}),
     "noise=0.3": World({"noise": 0.3}),
     "encoder": World(detector={"encoder": True}),
     "encoder,lr=1e-2": World(detector={"encoder": True, "lr": 1e-2}),

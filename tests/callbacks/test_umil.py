@@ -256,8 +256,12 @@ def test_videos_of_several_lengths() -> None:
     batches = [{**one, "frame": 7 * torch.arange(K).repeat(3, 1), "total": torch.full((3,), 30)} for one in BATCHES]
     cells = [1, 2, 3, 4, 5, 6]
     method = UMIL(
-        **{**SETTINGS, "num_videos": None}, cells_per_video=cells, frame_index="batch.frame", total_frames="batch.total"
+        **{**SETTINGS, "num_videos": None},
+        cells_per_video=torch.tensor(cells),
+        frame_index="batch.frame",
+        total_frames="batch.total",
     )
+    assert "cells_per_video=[1, 2, 3, 4, 5, 6]" in repr(method)
     fit(method, Detector(), batches)
     expected = [len({7 * k * n // 30 for k in range(K)}) for n in cells]
     seen = method._division.history.count > 0
