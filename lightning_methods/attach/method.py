@@ -330,7 +330,8 @@ class Method(Callback):
             if isinstance(value, (Address, Computed)) and isinstance(parameter.default, str):
                 value = value if str(value) != parameter.default else parameter.default
             if value is not parameter.default and value != parameter.default:
-                parts.append(f"{name}={value!r}")
+                shown = f"Tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                parts.append(f"{name}={shown}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 

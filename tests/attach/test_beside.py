@@ -49,6 +49,7 @@ class Everything(Method):
         weight_push=0.5,
         ramp=None,
         task_weight=1.0,
+        centres=None,
         log=True,
         name="everything",
     ):
@@ -61,6 +62,7 @@ class Everything(Method):
         )
         self.teacher = None if teacher is None else Teacher(teacher)
         self.image, self.logits = address(image), address(logits)
+        self.centres = centres
 
     def losses(self, step):
         self.during = repr(self)
@@ -85,6 +87,7 @@ def bias(step):
         ({"ramp": Ramp(3)}, "Everything(ramp=Ramp(length=3, start=0, unit='epoch'))"),
         ({"task_weight": 0.0, "log": False, "name": "b"}, "Everything(task_weight=0.0, log=False, name='b')"),
         ({"log": "epoch"}, "Everything(log='epoch')"),
+        ({"centres": torch.ones(2, 3)}, "Everything(centres=Tensor(2, 3))"),
     ],
 )
 def test_repr_reads_like_the_constructor_call_with_what_is_not_default(arguments, text):
