@@ -271,6 +271,17 @@ def test_videos_of_several_lengths() -> None:
 # --- heads only, detector terms, bags of one kind ------------------------------------------------------
 
 
+def test_a_cosine_head_trains_and_its_prototypes_stay() -> None:
+    method, module, plain = UMIL(**SETTINGS, cluster_head="cosine"), Detector(), Detector()
+    before = copy.deepcopy(method._built_helpers()["cluster_head"].state_dict())
+    fit(method, module)
+    fit(None, plain)
+    after = method._helpers["cluster_head"].state_dict()
+    assert torch.equal(after["prototypes"], before["prototypes"])
+    assert not torch.equal(after["linear.weight"], before["linear.weight"])
+    assert not same(module, plain)
+
+
 def test_heads_only_leaves_the_encoder_alone() -> None:
     plain, joint, heads = Detector(), Detector(), Detector()
     # One acting step: later ones would reach the encoder through the changed head and the module's own loss.
