@@ -113,6 +113,27 @@ def write_hmdb51(folder):
     save_frame_scores(folder / "hmdb51" / "frame_scores.npz", FrameScores(keys, probs, probs))
 
 
+class Detector(Sgd):
+    """One logit for each snippet of a bag."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(512, 1)
+
+    def forward(self, features):
+        return self.head(features)
+
+    def training_step(self, batch, batch_idx):
+        highest = self(batch["features"]).squeeze(-1).amax(1)
+        return F.binary_cross_entropy_with_logits(highest, batch["label"].float())
+
+
+class Bags(LightningDataModule):
+    def train_dataloader(self):
+        bags = [{"features": torch.rand(8, 512), "label": number % 2, "vid": number} for number in range(4)]
+        return DataLoader(bags, batch_size=2)
+
+
 #: Module and data by the recipe's name.
 WORLDS = {
     "acf": (Tagger, Sequences),
@@ -120,4 +141,5 @@ WORLDS = {
     "proreg": (Student, Images),
     "twbert": (VideoText, Videos),
     "stillmix": (Segments, Clips),
+    "umil": (Detector, Bags),
 }

@@ -26,6 +26,7 @@ PYTHON = {
     "docs/methods/stillmix.md": 5,
     "docs/methods/twbert.md": 4,
     "docs/methods/proreg.md": 6,
+    "docs/methods/umil.md": 5,
     "docs/write-a-method.md": 3,
 }
 

@@ -67,7 +67,8 @@ class UMIL(Method):
             `update="heads"` only. Or a function of the step that returns a callable.
         inputs: Address in the batch of what the module's `forward` is called with; read for `history="pass"` only.
         num_videos: Number of bags in the training data; None takes the length of the training loader's dataset.
-        cells_per_video: Cells of each video, one number or one for each; None takes K. Without `frame_index`, K.
+        cells_per_video: Cells of each video, one number or one for each, as `UCFCrimeDataModule(...).cells_per_video`
+            gives them; None takes K. Without `frame_index`, K.
         start_epoch: First epoch in which the terms act.
         history_warmup: Epochs before it in which scores are remembered already.
         history: `"train"`: the scores of the training steps, at no cost, with the noise of augmentation and dropout in
@@ -134,7 +135,7 @@ class UMIL(Method):
         head: AddressLike | None = None,
         inputs: AddressLike = "batch.features",
         num_videos: int | None = None,
-        cells_per_video: int | Sequence[int] | None = None,
+        cells_per_video: int | Sequence[int] | Tensor | None = None,
         start_epoch: int = 10,
         history_warmup: int = 5,
         history: History = "train",
@@ -190,7 +191,7 @@ class UMIL(Method):
         self.in_features = in_features
         self.logits_are_probabilities = logits_are_probabilities
         self.num_videos = num_videos
-        self.cells_per_video = cells_per_video
+        self.cells_per_video = cells_per_video.tolist() if isinstance(cells_per_video, Tensor) else cells_per_video
         self.start_epoch = start_epoch
         self.history_warmup = history_warmup
         self.history = history

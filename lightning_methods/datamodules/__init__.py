@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         read_temporal_annotations,
         read_wsvad_list,
     )
+    from lightning_methods.datamodules.umil_worlds import SyntheticBiasedBagsDataModule
 
 __all__ = [
     "ArrowClassificationDataModule",
@@ -103,6 +104,7 @@ __all__ = [
     "SnippetFeatureDataModule",
     "StaticBiasDataModule",
     "SuperclassDataModule",
+    "SyntheticBiasedBagsDataModule",
     "SyntheticEqBen",
     "SyntheticEqBenDataModule",
     "TADDataModule",
@@ -144,6 +146,7 @@ _FILES = {
     "SnippetFeatureDataModule": "umil",
     "StaticBiasDataModule": "stillmix",
     "SuperclassDataModule": "ikl_worlds",
+    "SyntheticBiasedBagsDataModule": "umil_worlds",
     "SyntheticEqBen": "eqsim_scenes",
     "SyntheticEqBenDataModule": "eqsim_scenes",
     "TADDataModule": "umil",

@@ -1,6 +1,7 @@
 """What the datamodules share: which Lightning they extend, and splits held in memory."""
 
 from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class InMemoryDataModule(LightningDataModule):
     """
 
     num_classes: int
+    loader: ClassVar[type[TensorLoader]] = TensorLoader
 
     def __init__(self, batch_size: int, seed: int) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class InMemoryDataModule(LightningDataModule):
 
     def _loader(self, split: str) -> TensorLoader:
         trainer = self.trainer
-        return TensorLoader(
+        return self.loader(
             *self.splits[split],
             batch_size=self.batch_size,
             shuffle=split == "train",

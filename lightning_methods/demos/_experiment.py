@@ -93,6 +93,7 @@ class Experiment:
         seeds: How many seeds if the user does not say.
         first_seed: The first of them.
         notes: Sentences under the report.
+        pictures: Further plots, by the name of their file: functions that return a matplotlib figure.
 
     Raises:
         ValueError: `arms`, `worlds` or `metrics` is empty, a key does not make a file name, or a baseline is no arm.
@@ -110,6 +111,7 @@ class Experiment:
     seeds: int = 5
     first_seed: int = 0
     notes: Sequence[str] = ()
+    pictures: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for argument in ("arms", "worlds", "metrics"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class LiveScreen:
 def write_report(
     experiment: Experiment, results: Results, about: Mapping[str, Any], folder: Path, console: Console
 ) -> None:
-    """Prints the table and writes `result.png` and `result.json`, the latter with `about` in it."""
+    """Prints the table and writes `result.png`, further pictures, and `result.json`, the latter with `about` in it."""
     summaries = summarise(experiment, results)
     for world, arms in summaries.items():
         title = experiment.title if len(summaries) == 1 else f"{experiment.title}: {world}"
@@ -103,7 +104,10 @@ def write_report(
             console.print(table)
     for sentence in (*experiment.notes, _reading(experiment)):
         console.print(sentence, soft_wrap=True)
-    replace_file(folder / "result.png", lambda path: _plot(experiment, summaries).savefig(path, dpi=150))
+    pictures: dict[str, Callable[[], Any]] = {"result": partial(_plot, experiment, summaries), **experiment.pictures}
+    for name, draw in pictures.items():
+        figure = draw()
+        replace_file(folder / f"{name}.png", partial(figure.savefig, dpi=150))
     write_json(
         folder / "result.json",
         {
@@ -118,7 +122,8 @@ def write_report(
             "records": [asdict(record) for record in results.records],
         },
     )
-    console.print(f"Everything is in {folder}: result.json, result.png and a record of each run.", soft_wrap=True)
+    files = ", ".join(("result.json", *(f"{name}.png" for name in pictures)))
+    console.print(f"Everything is in {folder}: {files} and a record of each run.", soft_wrap=True)
 
 
 def _tables(experiment: Experiment, arms: Mapping[str, Summary], width: int) -> Iterator[Table]:

@@ -10,6 +10,7 @@ Source: the code of Lv et al., "Unbiased Multiple Instance Learning for Weakly S
 CVPR 2023, arXiv 2303.12369. The paper's own equations could not be read.
 """
 
+from functools import reduce
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -108,8 +109,8 @@ def pairwise_bce(
     pair costs $-\log(P_{ij} + \varepsilon)$ if it is alike and $-\log(1 - P_{ij} + \varepsilon)$ if not.
 
     Args:
-        prob1: Probabilities, floating, (N, C).
-        prob2: Probabilities, floating, (M, C).
+        prob1: Probabilities, floating, (N, C), rows that sum to 1.
+        prob2: The same, (M, C).
         similarity: (N, M); positive: alike, negative: not alike, 0: left out. (The authors' code gives a pair with 0
             the constant −log ε instead; it never makes one.)
         eps: ε > 0. The cost of a pair is at most −log ε.
@@ -206,9 +207,8 @@ def pair_mask(members: Tensor) -> Tensor:
 def pair_losses(prob1: Tensor, prob2: Tensor, similarity: Tensor, eps: float) -> Tensor:
     """The cost of each pair, (N, M), 0 where `similarity` is 0; for probabilities in float32 at least."""
     # One class after the other: a matrix product may run in TF32 or under autocast, and the logarithm of 1 - P blows
-    # up the error of P near 1. Rounding must not take P above 1 either.
-    products = (a[:, None] * b for a, b in zip(prob1.unbind(1), prob2.unbind(1), strict=True))
-    agreement = sum(products, start=prob1.new_zeros(())).clamp_max(1)
+    # up the error of P near 1.
+    agreement = reduce(torch.add, (a[:, None] * b for a, b in zip(prob1.unbind(1), prob2.unbind(1), strict=True)))
     likelihood = torch.where(similarity > 0, agreement, 1 - agreement)
     return -torch.where(similarity != 0, likelihood + eps, 1.0).log()
 

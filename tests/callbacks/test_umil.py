@@ -256,8 +256,12 @@ def test_videos_of_several_lengths() -> None:
     batches = [{**one, "frame": 7 * torch.arange(K).repeat(3, 1), "total": torch.full((3,), 30)} for one in BATCHES]
     cells = [1, 2, 3, 4, 5, 6]
     method = UMIL(
-        **{**SETTINGS, "num_videos": None}, cells_per_video=cells, frame_index="batch.frame", total_frames="batch.total"
+        **{**SETTINGS, "num_videos": None},
+        cells_per_video=torch.tensor(cells),
+        frame_index="batch.frame",
+        total_frames="batch.total",
     )
+    assert "cells_per_video=[1, 2, 3, 4, 5, 6]" in repr(method)
     fit(method, Detector(), batches)
     expected = [len({7 * k * n // 30 for k in range(K)}) for n in cells]
     seen = method._division.history.count > 0
@@ -265,6 +269,17 @@ def test_videos_of_several_lengths() -> None:
 
 
 # --- heads only, detector terms, bags of one kind ------------------------------------------------------
+
+
+def test_a_cosine_head_trains_and_its_prototypes_stay() -> None:
+    method, module, plain = UMIL(**SETTINGS, cluster_head="cosine"), Detector(), Detector()
+    before = copy.deepcopy(method._built_helpers()["cluster_head"].state_dict())
+    fit(method, module)
+    fit(None, plain)
+    after = method._helpers["cluster_head"].state_dict()
+    assert torch.equal(after["prototypes"], before["prototypes"])
+    assert not torch.equal(after["linear.weight"], before["linear.weight"])
+    assert not same(module, plain)
 
 
 def test_heads_only_leaves_the_encoder_alone() -> None:

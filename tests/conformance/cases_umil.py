@@ -74,8 +74,7 @@ def umil(module: type[Detector], **settings: object) -> Case:
 
 
 UMIL_CASES = {
-    "UMIL": lambda: umil(Detector, gather=True, weight_variance=0.5, ramp_epochs=2),
-    "UMIL-pass": lambda: umil(Detector, history="pass", update="heads", head="module.head", cluster_head="cosine"),
+    "UMIL": lambda: umil(Detector, gather=True, weight_variance=0.5, ramp_epochs=2, history="pass"),
     "UMIL-views": lambda: umil(
         TwoViews,
         features="module.head@input#0",
@@ -84,9 +83,10 @@ UMIL_CASES = {
         strong_logits="module.head#1",
         frame_index="batch.frame",
         total_frames="batch.frames",
+        update="heads",
+        head="module.head",
         add_detector_terms=True,
         threshold=0.5,
-        gather=True,
         weight_by_confidence=True,
     ),
 }
