@@ -22,6 +22,7 @@ class MethodInfo:
         card: Path of its documentation page.
         known_limits: What it does not do, in a sentence each.
         commands: Tools on the command line, `lightning-methods NAME`; files in `lightning_methods.commands`.
+        more_demos: Demos besides the one of the method's name; files in `lightning_methods.demos`.
     """
 
     name: str
@@ -35,6 +36,12 @@ class MethodInfo:
     card: str
     known_limits: tuple[str, ...]
     commands: tuple[str, ...] = ()
+    more_demos: tuple[str, ...] = ()
+
+    @property
+    def demos(self) -> tuple[str, ...]:
+        """What `lightning-methods demo` runs of this method."""
+        return (self.name, *self.more_demos)
 
 
 METHODS: tuple[MethodInfo, ...] = (
@@ -60,6 +67,74 @@ METHODS: tuple[MethodInfo, ...] = (
         known_limits=(
             "The gain over well-tuned KL distillation with the usual T² factor is small.",
             "Class-wise weights hold a C x C matrix: use class_wise=False from about 20,000 classes on.",
+        ),
+    ),
+    MethodInfo(
+        name="acf",
+        title="Ada-ClustFormer: self-attention whose window is a learned cluster of neighbours",
+        callbacks=("AdaClustFormer",),
+        functional=(
+            "span_logits",
+            "span_scores",
+            "cluster_from_logits",
+            "span_cluster_matrix",
+            "span_cluster_attention",
+            "grid_cluster_matrix",
+            "cluster_attention",
+            "neighbor_links",
+            "neighbor_cluster_matrix",
+            "neighbor_cluster_attention",
+            "masked_token_nll",
+            "self_critical_loss",
+            "caption_mask",
+            "prefix_mask_rows",
+            "caption_tokens",
+            "document_frequency",
+            "cider_d",
+            "bleu",
+        ),
+        paper=(
+            "Wang et al., Adaptively Clustering Neighbor Elements for Image-Text Generation, IEEE Transactions on "
+            "Multimedia 2024, arXiv 2301.01955"
+        ),
+        task="image captioning; sequences and grids with segments of unknown size",
+        kind="surgery",
+        changes_inference=True,
+        card="docs/methods/acf.md",
+        known_limits=(
+            "With unlimited training data plain attention catches up.",
+            "It replaces self-attention only, and only torch's MultiheadAttention and timm's Attention.",
+            "The matrix of clusters takes the memory of attention weights, except in blocks.",
+        ),
+    ),
+    MethodInfo(
+        name="twbert",
+        title="TW-BERT: words follow trajectories through a video, aligned with it before they are fused",
+        callbacks=("TrajectoryWordAlignment", "AlignBeforeFuse"),
+        functional=(
+            "trajectory_word_attention",
+            "trajectory_pool",
+            "video_text_contrastive_loss",
+            "fine_grained_contrastive_loss",
+            "video_text_matching_loss",
+            "sample_hard_negatives",
+            "perturbed_topk",
+            "select_frames",
+            "mask_tokens",
+            "retrieval_ranks",
+            "two_stage_retrieval_metrics",
+        ),
+        paper=(
+            "Yang et al., Learning Trajectory-Word Alignments for Video-Language Tasks, ICCV 2023, arXiv 2301.01953"
+        ),
+        task="video-text retrieval, video question answering",
+        kind="surgery",
+        changes_inference=True,
+        card="docs/methods/twbert.md",
+        known_limits=(
+            "The fused sequence must be words, one [CLS] of the video, and patches frame by frame.",
+            "It replaces only torch's MultiheadAttention and timm's Attention.",
+            "AlignBeforeFuse keeps a second copy of the module, its momentum teacher.",
         ),
     ),
 )

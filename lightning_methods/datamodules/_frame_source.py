@@ -23,10 +23,12 @@ class FrameSource:
     Attributes:
         path: The file or folder.
         num_frames: How many frames it has.
+        names: File names of the frames, without folders; None for a video file.
     """
 
     path: Path
     num_frames: int
+    names: Sequence[str] | None = None
 
     def read(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The frames with these numbers, in the order asked for; decodes no more than it must.

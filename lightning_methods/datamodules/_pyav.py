@@ -97,7 +97,7 @@ class VideoFile(FrameSource):
 
     def _from(self, number: int) -> Iterator[tuple[int, Any]]:
         """Numbered frames, beginning no later than with this one."""
-        if self._keys and self._keys[number] > 0:
+        if self._keys:
             with self._explained():
                 stream = self._container.streams.video[0]
                 self._container.seek(self._key_times[number], stream=stream)
@@ -134,11 +134,11 @@ def write_video(path: str | Path, frames: Iterable[Tensor], *, fps: float = 25.0
     """Writes a video file that is either there whole or not at all.
 
     Args:
-        path: The file; its suffix, such as .mp4 or .mkv, chooses the container. Its folder is made if need be.
+        path: The file; its suffix, such as .mkv or .mp4, chooses the container. Its folder is made if need be.
         frames: Each uint8 (3, H, W), RGB; a tensor (T, 3, H, W) will do.
         fps: Frames per second.
-        lossless: H.264 in RGB, from which the very pixels are read back, rather than ordinary H.264, which every
-            player shows and whose sides must be even.
+        lossless: FFV1, from which the very pixels are read back, rather than H.264, which every player shows and
+            whose sides must be even.
 
     Raises:
         VideoError: The frames cannot be encoded, or there are none.
@@ -161,9 +161,7 @@ def write_video(path: str | Path, frames: Iterable[Tensor], *, fps: float = 25.0
 
 def _encode(av: Any, container: Any, frames: Iterable[Tensor], fps: float, lossless: bool) -> int:
     """How many frames have been written."""
-    codec, pixel_format, options = (
-        ("libx264rgb", "rgb24", {"crf": "0"}) if lossless else ("libx264", "yuv420p", {"crf": "18"})
-    )
+    codec, pixel_format, options = ("ffv1", "bgr0", {}) if lossless else ("libx264", "yuv420p", {"crf": "18"})
     stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
     stream.pix_fmt = pixel_format
     count = 0

@@ -74,6 +74,7 @@ class _Images(FrameSource):
     ) -> None:
         self.path = path
         self.num_frames = len(names)
+        self.names = [_base(name) for name in names]
         self._names = names
         self._open = opened
         self._archive = archive

@@ -45,13 +45,13 @@ def fit(
 def evaluate(
     module: LightningModule, data: LightningDataModule, split: Literal["val", "test"] = "test"
 ) -> dict[str, float]:
-    """What the module logs in an epoch of testing or validation."""
+    """What the module logs in an epoch of testing or validation, over all loaders of the split."""
     with _quiet():
         trainer = _trainer()
         loop = trainer.test if split == "test" else trainer.validate
         with _interrupts():
-            (logged,) = loop(module, datamodule=data, verbose=False)
-    return {name: float(value) for name, value in logged.items()}
+            logged = loop(module, datamodule=data, verbose=False)
+    return {name: float(value) for of_loader in logged for name, value in of_loader.items()}
 
 
 def _trainer(**options: Any) -> Trainer:

@@ -1,4 +1,6 @@
-"""Checks that EqSim's losses and scores share."""
+"""What EqSim's losses, scores and metrics share: checks, and what counts as a hit."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,3 +35,22 @@ def check_exclude(exclude: Tensor | None, size: int) -> None:
     if exclude is not None and (exclude.dtype != torch.bool or exclude.shape != (size, size)):
         found = f"{tuple(exclude.shape)} of {exclude.dtype}"
         raise ValueError(f"`exclude` must be boolean and of shape {(size, size)}, got {found}")
+
+
+def group_hits(s00: Tensor, s01: Tensor, s10: Tensor, s11: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    text = (s00 > s01) & (s11 > s10)
+    image = (s00 > s10) & (s11 > s01)
+    return text, image, text & image
+
+
+def check_numbers(name: str, numbers: Tensor, stop: int) -> None:
+    outside = numbers[(numbers < 0) | (numbers >= stop)]
+    if len(outside):
+        raise ValueError(f"`{name}` must lie in [0, {stop}), got {int(outside[0])}")
+
+
+def check_sizes(k: Sequence[int], chunk: int) -> None:
+    if not k or min(k) < 1:
+        raise ValueError(f"`k` must hold numbers of at least 1, got {tuple(k)}")
+    if chunk < 1:
+        raise ValueError(f"`chunk` must be at least 1, got {chunk}")

@@ -15,7 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_methods.functional._eqsim_checks import check_floating, check_matrix, check_same_shape
+from lightning_methods.functional._eqsim_checks import (
+    check_floating,
+    check_matrix,
+    check_numbers,
+    check_same_shape,
+    check_sizes,
+    group_hits,
+)
 from lightning_methods.functional._index import check_integer
 from lightning_methods.functional._logits import upcast
 
@@ -71,7 +78,7 @@ def pair_group_scores(s00: Tensor, s01: Tensor, s10: Tensor, s11: Tensor) -> Gro
     """
     check_same_shape(s00=s00, s01=s01, s10=s10, s11=s11)
     dtype = upcast(s00, s01, s10, s11)[0].dtype
-    return GroupScores(*(hits.to(dtype).mean() for hits in _group_hits(s00, s01, s10, s11)))
+    return GroupScores(*(hits.to(dtype).mean() for hits in group_hits(s00, s01, s10, s11)))
 
 
 @torch.no_grad()
@@ -108,8 +115,8 @@ def eqben_subset_scores(
         if scores.ndim != 1 or numbers.shape != scores.shape:
             found = f"`scores` {tuple(scores.shape)} and `{name}` {tuple(numbers.shape)}"
             raise ValueError(f"`scores`, `corner`, `sample` and `subset` must have one shape (P,), got {found}")
-    _check_numbers("corner", corner, 4)
-    _check_numbers("subset", subset, num_subsets)
+    check_numbers("corner", corner, 4)
+    check_numbers("subset", subset, num_subsets)
 
     (scores,) = upcast(scores)
     key, quadruple = torch.unique(sample.long() * num_subsets + subset.long(), return_inverse=True)
@@ -123,7 +130,7 @@ def eqben_subset_scores(
     count = scores.new_zeros(num_subsets).index_add_(0, of_subset, torch.ones_like(key, dtype=scores.dtype))
     hits = (
         torch.zeros_like(count).index_add_(0, of_subset, hit.to(scores.dtype))
-        for hit in _group_hits(*table.view(-1, 4).unbind(1))
+        for hit in group_hits(*table.view(-1, 4).unbind(1))
     )
     return GroupScores(*(hit / count for hit in hits))
 
@@ -205,7 +212,7 @@ def retrieval_recall(
     """
     check_matrix("similarity", similarity)
     _check_ids(image_ids, similarity.shape[0], text_ids, similarity.shape[1])
-    _check_sizes(k, chunk)
+    check_sizes(k, chunk)
     images_ahead = _wrong_ahead(lambda rows: similarity.T[rows], text_ids, image_ids, chunk)
     texts_ahead = _wrong_ahead(lambda rows: similarity[rows], image_ids, text_ids, chunk)
     dtype = upcast(similarity[:0])[0].dtype
@@ -254,7 +261,7 @@ def embedding_recall(
         expected, found = image_features.shape[1], text_features.shape[1]
         raise ValueError(f"`text_features` must have {expected} columns as `image_features` has, got {found}")
     _check_ids(image_ids, len(image_features), text_ids, len(text_features))
-    _check_sizes(k, chunk)
+    check_sizes(k, chunk)
     image, text = upcast(image_features, text_features)
     with torch.autocast(image.device.type, enabled=False):  # half-precision products would tie
         texts_ahead = _wrong_ahead(lambda rows: image[rows] @ text.T, image_ids, text_ids, chunk)
@@ -262,12 +269,6 @@ def embedding_recall(
     return RecallScores(
         _recall(texts_ahead, k, len(text), image.dtype), _recall(images_ahead, k, len(image), image.dtype)
     )
-
-
-def _group_hits(s00: Tensor, s01: Tensor, s10: Tensor, s11: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    text = (s00 > s01) & (s11 > s10)
-    image = (s00 > s10) & (s11 > s01)
-    return text, image, text & image
 
 
 def _wrong_ahead(block: Callable[[slice], Tensor], row_ids: Tensor, column_ids: Tensor, chunk: int) -> Tensor:
@@ -288,21 +289,8 @@ def _recall(ahead: Tensor, k: Sequence[int], candidates: int, dtype: torch.dtype
     return (ahead[:, None] < within).to(dtype).mean(0)
 
 
-def _check_numbers(name: str, numbers: Tensor, stop: int) -> None:
-    outside = numbers[(numbers < 0) | (numbers >= stop)]
-    if len(outside):
-        raise ValueError(f"`{name}` must lie in [0, {stop}), got {int(outside[0])}")
-
-
 def _check_ids(image_ids: Tensor, images: int, text_ids: Tensor, texts: int) -> None:
     for name, ids, number in (("image_ids", image_ids, images), ("text_ids", text_ids, texts)):
         check_integer(name, ids)
         if number == 0 or ids.shape != (number,):
             raise ValueError(f"`{name}` must have shape ({number},) and at least one entry, got {tuple(ids.shape)}")
-
-
-def _check_sizes(k: Sequence[int], chunk: int) -> None:
-    if not k or min(k) < 1:
-        raise ValueError(f"`k` must hold numbers of at least 1, got {tuple(k)}")
-    if chunk < 1:
-        raise ValueError(f"`chunk` must be at least 1, got {chunk}")

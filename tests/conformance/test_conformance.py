@@ -63,7 +63,7 @@ def test_yaml_round_trip(name: str) -> None:
     parser.add_argument("--callback", type=CallbackType)
     given = {"class_path": f"lightning_methods.callbacks.{name}", "init_args": YAML[name]}
     first = parser.parse_object({"callback": given})
-    second = parser.parse_string(parser.dump(first))
+    second = parser.parse_string(parser.dump(first, skip_none=False))  # as LightningCLI saves its configuration
     assert first.callback.as_dict() == second.callback.as_dict()
     built, again = (parser.instantiate_classes(config).callback for config in (first, second))
     assert repr(built) == repr(again)
@@ -75,4 +75,4 @@ def test_yaml_round_trip(name: str) -> None:
 def test_every_exported_callback_has_a_case() -> None:
     exported = set(callbacks.__all__)
     assert exported == {name.split("-")[0] for name in CASES}
-    assert exported == {name for info in METHODS for name in info.callbacks}
+    assert exported >= {name for info in METHODS for name in info.callbacks}
