@@ -44,7 +44,7 @@ class StrongView:
         self.grey = RandomGrayscale(p=0.2, same_on_batch=True)
         self.operations: Any = RandAugment(n=2, m=10)  # its m may have a fraction
 
-    @torch.no_grad()  # kornia's operations have parameters
+    @torch.no_grad()  # some releases of kornia learn how strong operations are
     def __call__(self, frames: Tensor) -> Tensor:
         """Shrunken frames to normalised ones, (N, 3, 224, 224)."""
         frames = self.grey(self.jitter(multi_scale_crop(frames)))

@@ -272,6 +272,28 @@ def test_a_stopped_call_goes_on_where_it_was(user, video, capsys, stop_at):
         assert Path(f"out/{NAME}.{suffix}").read_bytes() == Path(f"whole/{NAME}.{suffix}").read_bytes()
 
 
+def test_a_line_that_was_not_written_to_its_end_does_not_count(user, video):
+    user.stop_at = 3
+    assert run(video, batch_size=1) == 130
+    part = Path("out/parts", f"{NAME}.txt")
+    part.write_text(part.read_text()[:-16])
+    user.stop_at = None
+    assert run(video, batch_size=1, resume=True) == 0
+    np.testing.assert_allclose(table(), stretched(plain_scores()), rtol=1e-5)
+
+
+def test_each_batch_is_on_disk_before_the_next_is_scored(user, video, monkeypatch):
+    seen = []
+
+    def scores(batch):
+        seen.append(Path("out/parts", f"{NAME}.txt").read_text().count("\n"))
+        return torch.zeros(len(batch["clips"]))
+
+    monkeypatch.setattr(user, "brightness", scores)
+    assert run(video, batch_size=2) == 0
+    assert seen == [0, 2, 4]
+
+
 def test_a_score_that_is_not_of_a_whole_batch_is_made_again(user, video):
     user.stop_at = 3
     assert run(video, batch_size=2) == 130
