@@ -47,7 +47,7 @@ class DualEncoder(LightningModule):
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002 - Lightning's signature
+    def on_train_batch_end(self, *_: object) -> None:
         """Called after an optimizer step: keeps the scale in its range, as CLIP does."""
         with torch.no_grad():
             self.logit_scale.clamp_(max=math.log(_LARGEST_SCALE))
