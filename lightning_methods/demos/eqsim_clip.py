@@ -65,7 +65,7 @@ class Arm:
     title: str
     about: str
     options: Mapping[str, Any] | None = None
-    optimizer: Mapping[str, Any] = field(default_factory=lambda: {"lr": 1e-4, "weight_decay": 0.1})
+    optimizer: Mapping[str, Any] = field(default_factory=lambda: {"lr": 3e-4, "weight_decay": 1.0})
     trains: bool = True
 
     def settings(self) -> dict[str, Any]:
