@@ -21,16 +21,18 @@ usage: lightning-methods COMMAND ...
 
   list                     the methods, one a line
   show NAME                what there is to say about a method
-  demo NAME [options]      a method's controlled experiment; `demo NAME --help` lists the options
-  demo all [options]       every method's experiment
+  demo NAME [options]      a controlled experiment with a method; `demo NAME --help` lists the options
+  demo all [options]       every experiment
   check --config FILE ...  builds module, data and callbacks as `fit` would, runs one training batch and prints
                            what every address of every attached method names, and every loss term
   fit | validate | test | predict --config FILE ...
                            Lightning's own command line (LightningCLI) for any module, datamodule and callbacks
                            given by class path; `fit --help` lists the options
 """
-_TOOL = "  {:<23}  a tool of {}; `{} --help` lists the options\n"
+_TOOL = "  {:<23}  a tool; `{} --help` lists the options\n"
 
+#: Which extra, besides `demos`, brings a package that some demo needs.
+_EXTRAS = {"av": ["video"], "transformers": ["text"]}
 _KINDS = {
     "step": "acts inside training steps",
     "surgery": "swaps or adds parts of the model",
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("fit", "validate", "test", "predict", "check"):
         return _lightning(command, arguments, as_given=argv)
     commands: dict[str, Callable[[list[str]], int]] = {"list": _list, "show": _show, "demo": _demo}
-    commands |= {name: partial(_tool, name) for info in METHODS for name in info.commands}
+    commands |= {name: partial(_tool, name) for name in _tools()}
     if command in commands:
         try:
             return commands[command](arguments)
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = command in ("-h", "--help")
     if command and not asked:
         print(f"error: there is no command {command!r}.", file=sys.stderr)
-    tools = "".join(_TOOL.format(name, info.name, name) for info in METHODS for name in info.commands)
+    tools = "".join(_TOOL.format(name, name) for name in _tools())
     print(USAGE + tools, end="", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 
@@ -109,7 +111,8 @@ def _facts(info: MethodInfo) -> Iterator[tuple[str, str]]:
     yield "recipe", f"callbacks/{info.name}.yaml"
     yield "card", info.card
     yield "settings", f"lightning-methods fit --trainer.callbacks.help lightning_methods.callbacks.{info.callbacks[0]}"
-    yield "demo", f"lightning-methods demo {info.name}"
+    for name in info.demos:
+        yield "demo", f"lightning-methods demo {name}"
     for name in info.commands:
         yield "tool", f"lightning-methods {name} --help"
     for number, limit in enumerate(info.known_limits):
@@ -117,11 +120,13 @@ def _facts(info: MethodInfo) -> Iterator[tuple[str, str]]:
 
 
 def _demo(arguments: list[str]) -> int:
+    demos = [name for info in METHODS for name in info.demos]
     if not arguments or arguments[0].startswith("-"):
-        raise _UsageError(f"`demo` takes the name of a method, or `all`: {_names()}.")
+        raise _UsageError(f"`demo` takes the name of a demo, or `all`: {', '.join(demos)}.")
     name, *options = arguments
-    chosen = METHODS if name == "all" else (_method(name),)
-    return max(_run_demo(info.name, options) for info in chosen)
+    if name not in ("all", *demos):
+        raise _UsageError(f"There is no demo {name!r}; there are {', '.join(demos)}.")
+    return max(_run_demo(chosen, options) for chosen in (demos if name == "all" else [name]))
 
 
 def _run_demo(name: str, options: list[str]) -> int:
@@ -130,13 +135,20 @@ def _run_demo(name: str, options: list[str]) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("lightning_methods"):
             raise
+        extras = ",".join(["demos", *_EXTRAS.get(str(error.name), [])])
         print(
-            f'error: the demo needs {error.name}, which is not installed: pip install "lightning-methods[demos]"',
+            f'error: the demo needs {error.name}, which is not installed: pip install "lightning-methods[{extras}]"',
             file=sys.stderr,
         )
         return 1
     status: int = demo.main(options)
     return status
+
+
+def _tools() -> list[str]:
+    """What there is a file for in `lightning_methods.commands`."""
+    files = (Path(__file__).parent / "commands").glob("[!_]*.py")
+    return sorted(path.stem.replace("_", "-") for path in files)
 
 
 def _tool(name: str, arguments: list[str]) -> int:

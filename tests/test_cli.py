@@ -158,6 +158,8 @@ def test_show_tells_what_the_registry_knows(capsys):
         assert info.title in text
         assert info.paper in text
         assert info.card in text
+        for name in info.demos:
+            assert f"lightning-methods demo {name}" in text
         for name in (*info.callbacks, *info.functional, *info.known_limits):
             assert " ".join(name.split()) in text
 
@@ -174,11 +176,11 @@ def test_list_and_show_import_no_torch():
         ([], "usage: lightning-methods COMMAND"),
         (["lst"], "there is no command 'lst'"),
         (["list", "all"], "`list` takes no arguments, but got all"),
-        (["show"], "`show` takes the name of one method: ikl"),
-        (["show", "kli"], "There is no method 'kli'; there are ikl"),
-        (["demo"], "`demo` takes the name of a method, or `all`: ikl"),
-        (["demo", "--fast"], "`demo` takes the name of a method, or `all`: ikl"),
-        (["demo", "kli"], "There is no method 'kli'; there are ikl"),
+        (["show"], "`show` takes the name of one method: "),
+        (["show", "kli"], "There is no method 'kli'; there are "),
+        (["demo"], "`demo` takes the name of a demo, or `all`: "),
+        (["demo", "--fast"], "`demo` takes the name of a demo, or `all`: "),
+        (["demo", "kli"], "There is no demo 'kli'; there are "),
     ],
 )
 def test_arguments_that_cannot_be_understood(arguments, says, capsys):
@@ -197,27 +199,32 @@ def test_help(capsys):
 
 def test_demo_passes_its_options_on(monkeypatch):
     calls = []
-    rows = tuple(replace(METHODS[0], name=name) for name in ("fine", "worse", "good"))
+    rows = tuple(
+        replace(METHODS[0], name=name, more_demos=more) for name, more in (("fine", ("fine_too",)), ("worse", ()))
+    )
     monkeypatch.setattr("lightning_methods.cli.METHODS", rows)
     monkeypatch.setattr("lightning_methods.registry.METHODS", rows)
-    for status, name in ((0, "fine"), (3, "worse"), (1, "good")):
+    for status, name in ((0, "fine"), (1, "fine_too"), (3, "worse")):
         demo = SimpleNamespace(main=lambda options, name=name, status=status: calls.append((name, options)) or status)
         monkeypatch.setitem(sys.modules, f"lightning_methods.demos.{name}", demo)
-    assert main(["demo", "good", "--seeds", "2", "--fast"]) == 1
+    assert main(["demo", "fine_too", "--seeds", "2", "--fast"]) == 1
     assert main(["demo", "all", "--resume"]) == 3
-    assert calls == [("good", ["--seeds", "2", "--fast"]), *((row.name, ["--resume"]) for row in rows)]
+    everything = [(name, ["--resume"]) for name in ("fine", "fine_too", "worse")]
+    assert calls == [("fine_too", ["--seeds", "2", "--fast"]), *everything]
 
 
-def test_demo_names_the_extra_that_is_missing(monkeypatch, capsys):
+@pytest.mark.parametrize(("package", "extras"), [("sklearn", "demos"), ("transformers", "demos,text")])
+def test_demo_names_the_extra_that_is_missing(package, extras, monkeypatch, capsys):
     class Missing:
         def find_spec(self, name, path=None, target=None):
             if name == "lightning_methods.demos.ikl":
-                raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+                raise ModuleNotFoundError(f"No module named '{package}'", name=package)
 
     monkeypatch.delitem(sys.modules, "lightning_methods.demos.ikl", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     assert main(["demo", "ikl"]) == 1
-    assert 'sklearn, which is not installed: pip install "lightning-methods[demos]"' in capsys.readouterr().err
+    says = f'{package}, which is not installed: pip install "lightning-methods[{extras}]"'
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")

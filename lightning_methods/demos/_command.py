@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from lightning_methods._files import FolderError
 from lightning_methods.demos._experiment import Experiment, collect
-from lightning_methods.demos._records import FolderError, ResultFolder
+from lightning_methods.demos._records import ResultFolder
 
 _EXTRA = ("sklearn", "matplotlib", "rich")
 

@@ -13,10 +13,11 @@ import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch import nn
 
+from lightning_methods._files import replace_file, write_json
 from lightning_methods.demos import _command, _training
 from lightning_methods.demos._command import demo_parser, run_demo
 from lightning_methods.demos._experiment import Experiment, Metric, Shared
-from lightning_methods.demos._records import Record, ResultFolder, kept_state, replace_file, write_json
+from lightning_methods.demos._records import Record, ResultFolder, kept_state
 from lightning_methods.demos._statistics import estimate
 from lightning_methods.demos._training import evaluate, fit
 
@@ -351,6 +352,16 @@ class TestReport:
         words = shown.split()
         assert all(words.count(f"{100 + seed**2 / 1000:.3f}") == 2 for seed in range(23))
         assert "…" not in shown
+
+    def test_many_metrics_go_into_several_tables(self, tmp_path, capsys):
+        metrics = {f"m{number}": Metric(f"metric {number}, %") for number in range(9)}
+        run = lambda run: {f"m{number}": number + run.seed / 8 for number in range(9)}  # noqa: E731
+        demo(replace(TOY, metrics=metrics, run=run), tmp_path)
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        assert all(f"metric {number}, %" in shown for number in range(9))
+        assert [shown.count(f"{number}.12 ± 0.31") for number in range(9)] == [2] * 9
+        assert max(map(len, shown.split("Mean ±")[0].splitlines()[-12:])) <= 80
 
     def test_json_holds_everything(self, tmp_path):
         demo(TOY, tmp_path, "--seeds", "1")
