@@ -155,7 +155,9 @@ class _Report(Callback):
         if terms := self.terms.get(method.name):
             ramp = "" if factor is None else f" × {factor:.4g} (ramp)"
             rows = [("task", self.own_loss, "replaced" if method.replaces_loss else f"{method.task_weight:.6g}")]
-            rows += [(name, term, f"{method.weights.get(name, 1.0):.6g}{ramp}") for name, term in terms.items()]
+            for name, term in terms.items():
+                factors = "" if name in method.unramped else ramp
+                rows.append((name, term, f"{method.weights.get(name, 1.0):.6g}{factors}"))
             _print_table(("term", "value", "weight"), [(name, f"{value:.6g}", weight) for name, value, weight in rows])
         print()
 

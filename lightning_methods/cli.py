@@ -29,7 +29,7 @@ usage: lightning-methods COMMAND ...
                            Lightning's own command line (LightningCLI) for any module, datamodule and callbacks
                            given by class path; `fit --help` lists the options
 """
-_TOOL = "  {:<23}  a tool of {}; `{} --help` lists the options\n"
+_TOOL = "  {:<23}  a tool; `{} --help` lists the options\n"
 
 #: Which extra, besides `demos`, brings a package that some demo needs.
 _EXTRAS = {"av": ["video"], "transformers": ["text"]}
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("fit", "validate", "test", "predict", "check"):
         return _lightning(command, arguments, as_given=argv)
     commands: dict[str, Callable[[list[str]], int]] = {"list": _list, "show": _show, "demo": _demo}
-    commands |= {name: partial(_tool, name) for info in METHODS for name in info.commands}
+    commands |= {name: partial(_tool, name) for name in _tools()}
     if command in commands:
         try:
             return commands[command](arguments)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = command in ("-h", "--help")
     if command and not asked:
         print(f"error: there is no command {command!r}.", file=sys.stderr)
-    tools = "".join(_TOOL.format(name, info.name, name) for info in METHODS for name in info.commands)
+    tools = "".join(_TOOL.format(name, name) for name in _tools())
     print(USAGE + tools, end="", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 
@@ -143,6 +143,12 @@ def _run_demo(name: str, options: list[str]) -> int:
         return 1
     status: int = demo.main(options)
     return status
+
+
+def _tools() -> list[str]:
+    """What there is a file for in `lightning_methods.commands`."""
+    files = (Path(__file__).parent / "commands").glob("[!_]*.py")
+    return sorted(path.stem.replace("_", "-") for path in files)
 
 
 def _tool(name: str, arguments: list[str]) -> int:

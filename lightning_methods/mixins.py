@@ -15,7 +15,17 @@ from weakref import WeakKeyDictionary
 
 from lightning_methods.attach import Method
 from lightning_methods.attach._lightning import MisconfigurationException
-from lightning_methods.callbacks import EqSim, IKLDistillation
+from lightning_methods.callbacks import (
+    UMIL,
+    AdaClustFormer,
+    AlignBeforeFuse,
+    EqSim,
+    IKLDistillation,
+    ProReg,
+    StillMix,
+    TrajectoryWordAlignment,
+    VideoAugment,
+)
 
 
 class MethodMixin:
@@ -118,3 +128,52 @@ class IKLDistillationMixin(MethodMixin):
 
     method = IKLDistillation
     settings = "ikl"
+
+
+class AdaClustFormerMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.AdaClustFormer`; settings in `acf`."""
+
+    method = AdaClustFormer
+    settings = "acf"
+
+
+class TrajectoryWordAlignmentMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.TrajectoryWordAlignment`; settings in `twbert`."""
+
+    method = TrajectoryWordAlignment
+    settings = "twbert"
+
+
+class AlignBeforeFuseMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.AlignBeforeFuse`; settings in `twbert_align`."""
+
+    method = AlignBeforeFuse
+    settings = "twbert_align"
+
+
+class UMILMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.UMIL`; settings in `umil`."""
+
+    method = UMIL
+    settings = "umil"
+
+
+class ProRegMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.ProReg`; settings in `proreg`."""
+
+    method = ProReg
+    settings = "proreg"
+
+
+class StillMixMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.StillMix`; settings in `stillmix`."""
+
+    method = StillMix
+    settings = "stillmix"
+
+
+class VideoAugmentMixin(MethodMixin):
+    """Carries `lightning_methods.callbacks.VideoAugment`; settings in `stillmix_augment`."""
+
+    method = VideoAugment
+    settings = "stillmix_augment"

@@ -21,7 +21,9 @@ PYTHON = {
     "README.md": 2,
     "docs/guide.md": 9,
     "docs/index.md": 3,
+    "docs/methods/acf.md": 5,
     "docs/methods/ikl.md": 4,
+    "docs/methods/twbert.md": 4,
     "docs/write-a-method.md": 3,
 }
 

@@ -9,9 +9,9 @@ import pytest
 import timm
 import torch
 import yaml
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from torch import nn
-from torch.nn import functional as F
+from pytorch_lightning import Callback, Trainer
+from recipe_worlds import WORLDS, write_hmdb51
+from unfinished import UNFINISHED
 
 from lightning_methods import callbacks
 from lightning_methods.cli import main
@@ -19,38 +19,16 @@ from lightning_methods.plugin import VARIABLE, callbacks_from_environment
 from lightning_methods.registry import METHODS
 
 FOLDER = Path(__file__).parents[1] / "callbacks"
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.stem not in UNFINISHED)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice, and jsonargparse's on its own names
 
 
-class Student(LightningModule):
-    """CIFAR-100 sized, and unaware of every method."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 100))
-
-    def forward(self, images):
-        return self.net(images)
-
-    def training_step(self, batch, batch_idx):
-        images, labels = batch
-        return F.cross_entropy(self(images), labels)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Images(LightningDataModule):
-    def train_dataloader(self):
-        return torch.utils.data.DataLoader([(torch.rand(3, 32, 32), label) for label in range(4)], batch_size=2)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A user's folder that holds the file that the recipes name."""
+    """A user's folder that holds the files that the recipes name."""
     folder = tmp_path_factory.mktemp("user")
+    write_hmdb51(folder)
     (folder / "checkpoints").mkdir()
     torch.save(timm.create_model("resnet34", num_classes=100).state_dict(), folder / "checkpoints" / "teacher.ckpt")
     return folder
@@ -70,16 +48,17 @@ def user(folder, monkeypatch):
 
 
 def arguments(command, path):
-    """The command with a recipe, this file's module and its data."""
+    """The command with a recipe, and the module and data that it is for."""
     trainer = {"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, "logger": "false"}
     if command == "fit":
         trainer |= dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), "false")
     options = [f"--trainer.{name}={value}" for name, value in trainer.items()]
-    return [command, "--config", str(path), f"--model={__name__}.Student", f"--data={__name__}.Images", *options]
+    model, data = (f"{kind.__module__}.{kind.__name__}" for kind in WORLDS[path.stem])
+    return [command, "--config", str(path), f"--model={model}", f"--data={data}", *options]
 
 
 def test_every_method_has_a_recipe():
-    assert len(RECIPES) == 1
+    assert set(WORLDS) - UNFINISHED == {path.stem for path in RECIPES}
     assert [path.relative_to(FOLDER).as_posix() for path in RECIPES] == sorted(f"{info.name}.yaml" for info in METHODS)
 
 
@@ -89,7 +68,7 @@ def test_both_readers_build_the_same_callbacks(path, user, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path)])
     quiet = {"logger": False, "enable_checkpointing": False}
-    by_cli = LightningCLI(Student, Images, run=False, save_config_callback=None, trainer_defaults=quiet)
+    by_cli = LightningCLI(*WORLDS[path.stem], run=False, save_config_callback=None, trainer_defaults=quiet)
     monkeypatch.setenv(VARIABLE, str(path))
     by_plugin = callbacks_from_environment()
     names = {name for info in METHODS if info.name == path.stem for name in info.callbacks}
@@ -104,7 +83,8 @@ def test_environment_variable(path, user, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(path))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_epochs=1, log_every_n_steps=1, accelerator="cpu", enable_model_summary=False, **quiet)
-    trainer.fit(Student(), Images())
+    model, data = WORLDS[path.stem]
+    trainer.fit(model(), data())
     assert trainer.global_step == 2
     assert any(key.startswith(f"{path.stem}/") for key in trainer.callback_metrics)
 

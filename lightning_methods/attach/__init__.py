@@ -5,9 +5,21 @@ The guarantees, each with the test that holds it, are in the README beside this 
 
 from lightning_methods.attach.address import AddressError, AddressLike, address, computed
 from lightning_methods.attach.method import Method
+from lightning_methods.attach.momentum import MomentumTeacher
 from lightning_methods.attach.ramp import Ramp
 from lightning_methods.attach.step import Step
 from lightning_methods.attach.surgery import Parts
 from lightning_methods.attach.teacher import Teacher
 
-__all__ = ["AddressError", "AddressLike", "Method", "Parts", "Ramp", "Step", "Teacher", "address", "computed"]
+__all__ = [
+    "AddressError",
+    "AddressLike",
+    "Method",
+    "MomentumTeacher",
+    "Parts",
+    "Ramp",
+    "Step",
+    "Teacher",
+    "address",
+    "computed",
+]

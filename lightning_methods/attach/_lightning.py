@@ -8,6 +8,7 @@ callback derives from both base classes; where it has imported neither, `pytorch
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from types import ModuleType
@@ -68,6 +69,16 @@ def overrides(module: LightningModule, hook: str) -> bool:
     )
 
 
+def plain_copy(module: Any) -> Any:
+    """A deep copy that runs its own forward: one of a compiled module would still run the module's compiled one."""
+    copied = copy.deepcopy(module)
+    if getattr(copied, "_compiler_ctx", None) is not None:
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            vars(copied).pop(name, None)
+        copied._compiler_ctx = None
+    return copied
+
+
 __all__ = [
     "Callback",
     "CallbackType",
@@ -78,5 +89,6 @@ __all__ = [
     "is_training",
     "overrides",
     "package",
+    "plain_copy",
     "should_log",
 ]

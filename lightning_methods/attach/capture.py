@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -154,6 +154,16 @@ class Recorder:
             del self.root.__dict__["forward"]
             if self.saved_forward:
                 self.root.__dict__["forward"] = self.saved_forward.pop()
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Starts with nothing recorded, and brings back afterwards what had been."""
+        before = self.calls
+        self.calls = {path: [] for path in before}
+        try:
+            yield
+        finally:
+            self.calls = before
 
     def clear(self) -> None:
         """Drops the recorded values, so that no graph outlives its step."""

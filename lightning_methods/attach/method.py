@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
@@ -56,6 +57,8 @@ class Method(Callback):
     changes_inference: ClassVar[bool] = False
     #: Two processes with half of a batch each train like one with all of it (terms are means over samples).
     exact_over_ranks: bool = True
+    #: Terms that have their whole weight from the first step on, whatever the ramp.
+    unramped: frozenset[str] = frozenset()
     #: A frozen network, readable under `teacher...` addresses.
     teacher: Teacher | None = None
 
@@ -108,6 +111,23 @@ class Method(Callback):
 
     def end_epoch(self) -> None:
         """Called once after each training epoch, on every rank: what the epoch gathered takes effect."""
+
+    # What an author may ask for
+
+    def probe(self, *inputs: Any, batch: Any = None) -> contextlib.AbstractContextManager[Step]:
+        """Runs the module's `forward` on other inputs, inside of a training step or outside: a context to read in.
+
+        It runs in the Trainer's precision, in the modes and with the gradients that are on at the time, and nothing
+        that the module's own step has recorded is lost. The context gives a `Step` in which `module...` addresses are
+        those of this run and `batch...` addresses are read in `batch`; there is no output. Recorded values die with
+        the context.
+
+        Args:
+            inputs: What `forward` is called with; an address among them is read in `batch`.
+            batch: What `batch...` addresses are read in.
+        """
+        assert self._step is not None, "a method probes a module only while it is attached to it"
+        return self._step.probe(self, inputs, batch)
 
     # What the engine asks
 
@@ -306,12 +326,18 @@ class Method(Callback):
         if self.ramp is not None and self.ramp.unit == "epoch":
             settings["warmup_epochs"] = self.ramp.length
         for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = settings.get(name, self.weights.get(name.removesuffix("_weight"), parameter.default))
+            value = settings.get(name, self.weights.get(_term(name), parameter.default))
             if isinstance(value, (Address, Computed)) and isinstance(parameter.default, str):
                 value = value if str(value) != parameter.default else parameter.default
             if value is not parameter.default and value != parameter.default:
-                parts.append(f"{name}={value!r}")
+                shown = f"Tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                parts.append(f"{name}={shown}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _term(argument: str) -> str:
+    """The term whose weight an argument gives: `x` for `x_weight` and `weight_x`."""
+    return argument.removeprefix("weight_") if argument.startswith("weight_") else argument.removesuffix("_weight")
 
 
 def _addresses_in(label: str, value: Any) -> Iterator[tuple[str, AnyAddress]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_methods.attach._lightning import (
     should_log,
 )
 from lightning_methods.attach.address import (
+    Address,
     AddressError,
     AddressLike,
     AnyAddress,
@@ -45,7 +46,7 @@ class Step:
         batch: The batch as the methods have rewritten it so far.
         original_batch: The batch as the Trainer gave it.
         output: What the module's own `training_step` returned; None before it ran.
-        index: Index of the batch in its epoch.
+        index: Index of the batch in its epoch; -1 in a probe.
     """
 
     __slots__ = (
@@ -232,6 +233,22 @@ class TrainingStep:
         self._rewriting = [m for m in self.methods if m.active and m.rewrites]
         self._losing = [m for m in self.methods if m.active and m.adds_losses]
 
+    @contextlib.contextmanager
+    def probe(self, method: Method, inputs: tuple[Any, ...], batch: Any) -> Iterator[Step]:
+        """The module's `forward`, recorded: see `Method.probe`."""
+        if not self._started:
+            self.start()
+        step = Step(self.module, self.trainer, batch, -1, self.recorder)
+        step._method = method
+        with self.recorder.set_aside():
+            try:
+                values = [step[value] if isinstance(value, (Address, Computed)) else value for value in inputs]
+                with self.trainer.precision_plugin.forward_context(), self.recorder:
+                    self.module(*values)
+                yield step
+            finally:
+                step.clear()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One training step of the module, with every attached method."""
         if not self._started:
@@ -305,7 +322,9 @@ class TrainingStep:
         factor = method.factor(self.trainer)
         weighted: Tensor | None = None
         for name, term in terms.items():
-            weight = method.weights.get(name, 1.0) * (1.0 if factor is None else factor)
+            weight = method.weights.get(name, 1.0)
+            if factor is not None and name not in method.unramped:
+                weight *= factor
             if weight == 0.0:  # not even 0 * term: a term that is infinite must not matter
                 continue
             weighted = term * weight if weighted is None else torch.add(weighted, term, alpha=weight)

@@ -28,8 +28,8 @@ class Teacher:
         source: The network: an `nn.Module` (a LightningModule too), a function without arguments that
             returns one, or `"timm:NAME"`. With a checkpoint, a timm network takes its number of classes and
             of input channels from the checkpoint; without one, timm's pretrained weights are loaded.
-        inputs: Address of what the network is called with. `"module@input"` is what the student itself
-            received, augmentation inside the step included.
+        inputs: Address of what the network is called with, or one for each argument. `"module@input"` is what the
+            student itself received, augmentation inside the step included.
         rewrite: For the teacher only: address in the batch -> address of the value to put there.
         checkpoint: File with weights: a Lightning checkpoint (`state_dict`), `{"model": ...}`, or a bare
             state dict. Loaded strictly.
@@ -44,7 +44,7 @@ class Teacher:
         self,
         source: nn.Module | str | Callable[[], nn.Module],
         *,
-        inputs: AddressLike = "batch.0",
+        inputs: list[AddressLike] | AddressLike = "batch.0",
         rewrite: Mapping[str, AddressLike] | None = None,
         checkpoint: str | Path | None = None,
         key: str | None = None,
@@ -54,7 +54,7 @@ class Teacher:
             got = repr(source) if isinstance(source, str) else describe(source)
             raise ValueError(f"Expected `teacher` to be a module, a function or 'timm:NAME', but got {got}.")
         self.source = source
-        self.inputs = address(inputs)
+        self.inputs = [address(one) for one in inputs] if isinstance(inputs, list) else address(inputs)
         self.rewrite = {address(to): address(value) for to, value in (rewrite or {}).items()}
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.key = key
@@ -136,15 +136,17 @@ class Teacher:
         """Runs the network on this step's inputs; `read` then gives its values until `clear`."""
         recorder = self._recorder
         assert recorder is not None
-        inputs = step.read_from(self.inputs, self._rewritten(step))
+        batch = self._rewritten(step)
+        several = self.inputs if isinstance(self.inputs, list) else [self.inputs]
+        inputs = tuple(step.read_from(where, batch) for where in several)
         if self.transform is not None:
-            inputs = self.transform(inputs)
+            inputs = tuple(map(self.transform, inputs))
         # Lightning's train() does not reach a network outside the module, but a user's code may.
         if any(module.training for module, _ in self._before):
             self.network.eval()
         with torch.no_grad(), step.forward_context(), recorder:
-            output = self.network(self._cast(inputs))
-        recorder.record((), (inputs,), {}, output)
+            output = self.network(*map(self._cast, inputs))
+        recorder.record((), inputs, {}, output)
 
     def read(self, where: Address) -> Any:
         """The value at a `teacher...` address in this step."""

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_methods.datamodules._base import LightningDataModule
 
 Transform = Callable[[Image.Image], Tensor]
+Entry = TypeVar("Entry")
 
 _EXTENSIONS = (".jpeg", ".jpg", ".png")
 
@@ -35,14 +37,14 @@ def eval_transform() -> Transform:
     return cast(Transform, create_transform(224, crop_pct=224 / 256))
 
 
-def read_rgb(path: str) -> Image.Image:
-    """Decodes an image file, in RGB whatever its own mode is.
+def read_rgb(path: str, content: bytes | None = None) -> Image.Image:
+    """Decodes an image file, or `content` under its name, in RGB whatever its own mode is.
 
     Raises:
-        ValueError: The file cannot be decoded.
+        ValueError: It cannot be decoded.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else BytesIO(content)) as file:
             image: Image.Image = file.convert("RGB")
     except (OSError, SyntaxError) as error:  # Pillow reports some broken headers as SyntaxError
         raise ValueError(f"image {path} cannot be decoded: {error}") from error
@@ -97,21 +99,21 @@ class ImageFilesDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.num_classes = num_classes
-        self.datasets: dict[str, ImageFiles] = {}
+        self.datasets: dict[str, Dataset[Any]] = {}
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of augmented training images."""
         return self._loader("train", shuffle=True, drop_last=self.drop_last)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation images, in order."""
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+    def test_dataloader(self) -> DataLoader[Any]:
         """Batches of the test images, in order."""
         return self._loader("test")
 
-    def _loader(self, split: str, *, shuffle: bool = False, drop_last: bool = False) -> DataLoader[tuple[Tensor, int]]:
+    def _loader(self, split: str, *, shuffle: bool = False, drop_last: bool = False) -> DataLoader[Any]:
         return DataLoader(
             self.datasets[split],
             batch_size=self.batch_size,
@@ -161,39 +163,59 @@ def read_image_list(path: Path, num_classes: int) -> list[tuple[str, int]]:
         ValueError: It is empty, or a line has no label or one outside 0 … num_classes - 1. The message counts
             such lines and shows the first.
     """
+    return read_list(
+        path,
+        lambda line: parse_entry(line, num_classes),
+        "relative/path.JPEG label",
+        "Expected ImageNet_LT_{train,val,test}.txt, the lists of "
+        "https://github.com/zhmiao/OpenLongTailRecognition-OLTR, in the folder given as `lists`",
+    )
+
+
+def read_list(path: Path, parse: Callable[[str], Entry], line: str, where_from: str) -> list[Entry]:
+    """What `parse` makes of each line of a text file.
+
+    Args:
+        path: The file.
+        parse: Raises ValueError, with the line and what is wrong with it.
+        line: What a line should look like, for the message.
+        where_from: Where the file comes from, for the message if it is missing.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: It is empty, or `parse` refuses lines. The message counts these and shows the first.
+    """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"list {path} is missing. Expected ImageNet_LT_{{train,val,test}}.txt, the lists of "
-            "https://github.com/zhmiao/OpenLongTailRecognition-OLTR, in the folder given as `lists`"
-        )
+        raise FileNotFoundError(f"list {path} is missing. {where_from}")
     # A path may hold bytes that are no UTF-8; they are kept as the file system writes them.
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").rstrip().splitlines()
     if not lines:
-        raise ValueError(f'{path} is empty; expected lines "relative/path.JPEG label"')
+        raise ValueError(f'{path} is empty; expected lines "{line}"')
     entries, problems = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, text in enumerate(lines, start=1):
         try:
-            entries.append(_parse_line(line, num_classes))
+            entries.append(parse(text))
         except ValueError as error:
             problems.append(f"line {number}, {error}")
     if problems:
-        raise ValueError(
-            f'{path}: {len(problems)} of {len(lines)} lines are not "relative/path.JPEG label"; first: {problems[0]}'
-        )
+        raise ValueError(f'{path}: {len(problems)} of {len(lines)} lines are not "{line}"; first: {problems[0]}')
     return entries
 
 
-def _parse_line(line: str, num_classes: int) -> tuple[str, int]:
+def parse_entry(line: str, num_classes: int, first: int = 0) -> tuple[str, int]:
+    """Path and label, counted from 0, of a line whose labels are counted from `first`."""
     parts = line.rsplit(maxsplit=1)
     if len(parts) != 2 or not parts[1].lstrip("-").isdecimal():
         raise ValueError(f"{line!r}: no label")
-    name, label = parts[0], int(parts[1])
+    name, label = parts[0], int(parts[1]) - first
     if not 0 <= label < num_classes:
-        raise ValueError(f"{line!r}: the label is outside 0 … {num_classes - 1}")
+        raise ValueError(f"{line!r}: the label is outside {first} … {num_classes - 1 + first}")
     return name, label
 
 
-def locate_images(entries: Sequence[tuple[str, int]], root: Path, path: Path) -> list[tuple[str, int]]:
+def locate_images(
+    entries: Sequence[tuple[str, int]], root: Path, path: Path, layout: str = IMAGENET_LAYOUT
+) -> list[tuple[str, int]]:
     """The entries of the list `path` with the full path of each image, all known to exist.
 
     Raises:
@@ -209,7 +231,7 @@ def locate_images(entries: Sequence[tuple[str, int]], root: Path, path: Path) ->
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(entries)} images of {path} are not under {root}; "
-            f"first: line {missing[0]}, {entries[missing[0] - 1][0]}. {IMAGENET_LAYOUT}"
+            f"first: line {missing[0]}, {entries[missing[0] - 1][0]}. {layout}"
         )
     return [(f"{root}/{name}", label) for name, label in entries]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ from lightning_methods.demos._records import Record
 from lightning_methods.demos._statistics import Estimate, Summary, summarise
 
 _PACKAGES = ("lightning-methods", "torch", "pytorch-lightning", "torchmetrics", "timm", "kornia", "scikit-learn")
+_GAP = 2  # between two columns of a table
 
 
 def versions() -> dict[str, str]:
@@ -96,7 +97,8 @@ def write_report(
         console.print(title, style="bold", soft_wrap=True)
         for name, value in results.facts[world].items():
             console.print(f"{name}: {value:.4g}", soft_wrap=True)
-        console.print(_table(experiment, arms))
+        for table in _tables(experiment, arms, console.width):
+            console.print(table)
         for table in _seed_tables(experiment, arms, console.width):
             console.print(table)
     for sentence in (*experiment.notes, _reading(experiment)):
@@ -119,25 +121,44 @@ def write_report(
     console.print(f"Everything is in {folder}: result.json, result.png and a record of each run.", soft_wrap=True)
 
 
-def _table(experiment: Experiment, arms: Mapping[str, Summary]) -> Table:
-    headline, *others = experiment.metrics
-    metric = experiment.metrics[headline]
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("arm", no_wrap=True)
-    table.add_column(metric.title, justify="right", no_wrap=True)
-    for baseline in experiment.baselines:
-        table.add_column(f"minus {experiment.arms[baseline]}", justify="right", no_wrap=True)
-    for name in others:
-        table.add_column(experiment.metrics[name].title, justify="right", no_wrap=True)
-    for arm, summary in arms.items():
-        differences = summary.differences[headline]
-        table.add_row(
-            experiment.arms[arm],
-            _shown(summary.estimates[headline], metric.digits),
-            *(_difference(differences.get(baseline), metric.digits) for baseline in experiment.baselines),
-            *(_shown(summary.estimates[name], experiment.metrics[name].digits) for name in others),
-        )
-    return table
+def _tables(experiment: Experiment, arms: Mapping[str, Summary], width: int) -> Iterator[Table]:
+    """All metrics, a line for each arm; as many columns side by side as fit into `width`."""
+    titles = [experiment.arms[arm] for arm in arms]
+    first = max(map(len, ["arm", *titles])) + _GAP + 1  # the left edge
+    for columns in _fitting(_columns(experiment, list(arms.values())), width - first):
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("arm", no_wrap=True)
+        for column in columns:
+            table.add_column(column[0], justify="right", no_wrap=True)
+        for title, *cells in zip(titles, *(column[1:] for column in columns), strict=True):
+            table.add_row(title, *cells)
+        yield table
+
+
+def _columns(experiment: Experiment, summaries: Sequence[Summary]) -> Iterator[list[str]]:
+    """Title and cells of each column: the headline metric, how it differs from the baselines, the other metrics."""
+    for name, metric in experiment.metrics.items():
+        yield [metric.title, *(_shown(summary.estimates[name], metric.digits) for summary in summaries)]
+        if name != next(iter(experiment.metrics)):
+            continue
+        for baseline in experiment.baselines:
+            differences = (summary.differences[name].get(baseline) for summary in summaries)
+            title = f"minus {experiment.arms[baseline]}"
+            yield [title, *(_difference(difference, metric.digits) for difference in differences)]
+
+
+def _fitting(columns: Iterable[list[str]], width: int) -> Iterator[list[list[str]]]:
+    """The columns, as many at a time as fit into `width`, at least one."""
+    some: list[list[str]] = []
+    left = width
+    for column in columns:
+        size = max(map(len, column)) + _GAP
+        if some and size > left:
+            yield some
+            some, left = [], width
+        some.append(column)
+        left -= size
+    yield some
 
 
 def _seed_tables(experiment: Experiment, arms: Mapping[str, Summary], width: int) -> Iterator[Table]:
@@ -148,9 +169,8 @@ def _seed_tables(experiment: Experiment, arms: Mapping[str, Summary], width: int
         arm: [f"{value:.{digits}f}" for value in summary.values[headline].values()] for arm, summary in arms.items()
     }
     seeds = [str(seed) for seed in next(iter(arms.values())).values[headline]]
-    gap = 2
-    first = max(len(experiment.arms[arm]) for arm in arms) + gap
-    other = max(len(cell) for column in (seeds, *cells.values()) for cell in column) + gap
+    first = max(len(experiment.arms[arm]) for arm in arms) + _GAP
+    other = max(len(cell) for column in (seeds, *cells.values()) for cell in column) + _GAP
     fitting = max(1, (width - first) // other)
     for start in range(0, len(seeds), fitting):
         some = slice(start, start + fitting)

@@ -14,6 +14,27 @@ from lightning_methods.functional._logits import check_choice, check_range
 Layout: TypeAlias = Literal["btchw", "bcthw", "bncthw"]
 
 
+def sample_beta(
+    alpha: float,
+    beta: float,
+    shape: tuple[int, ...] = (),
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws from Beta(alpha, beta), on the generator's device."""
+    source = device if generator is None else generator.device
+    # torch.distributions takes no generator; this is the function that its Beta calls.
+    concentration = torch.stack([torch.full(shape, float(value), device=source) for value in (alpha, beta)], -1)
+    return torch._sample_dirichlet(concentration, generator)[..., 0]
+
+
+def moved(drawn: Tensor, device: torch.device | str) -> Tensor:
+    """A draw on another device, without waiting for it."""
+    # Only a copy from the host may run behind the host's back: one to the host could be read too early.
+    return drawn.to(device, non_blocking=drawn.device.type == "cpu")
+
+
 def check_videos(videos: Tensor, layout: Layout | None = None) -> None:
     """Floating and of the layout's dimensions; without a layout, of any layout's."""
     if layout is not None:

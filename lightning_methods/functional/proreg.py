@@ -75,27 +75,62 @@ def proreg_loss(
         tensor(0.1269)
     """
     check_choice("reduction", reduction, Reduction)
-    loss = proreg_terms(
-        logits,
-        prompt_logits,
-        target,
-        alpha=alpha,
-        weighting=weighting,
-        gamma=gamma,
-        prompt_power=prompt_power,
-        constant_weight=constant_weight,
-        temperature=temperature,
-        eps=eps,
-        entropy_offset=entropy_offset,
-        ignore_index=ignore_index,
-    ).loss
+    if temperature == 1 and not entropy_offset:
+        _check_inputs(logits, prompt_logits, target)
+        check_options(alpha, weighting, gamma, prompt_power, constant_weight, temperature, eps)
+        options = (weighting, gamma, prompt_power, constant_weight, eps)
+        loss = _fused_loss(logits, prompt_logits, target, ignore_index, alpha, options)
+    else:
+        loss = proreg_terms(
+            logits,
+            prompt_logits,
+            target,
+            alpha=alpha,
+            weighting=weighting,
+            gamma=gamma,
+            prompt_power=prompt_power,
+            constant_weight=constant_weight,
+            temperature=temperature,
+            eps=eps,
+            entropy_offset=entropy_offset,
+            ignore_index=ignore_index,
+        ).loss
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return loss.sum()
-    if target.ndim == 2:
-        return loss.sum() / max(len(loss), 1)
-    return loss.sum() / (target != ignore_index).sum().clamp_min(1)
+    return loss.sum() if reduction == "sum" else mean_over_kept(loss, target, ignore_index)
+
+
+def _fused_loss(
+    logits: Tensor,
+    prompt_logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    alpha: float,
+    options: tuple[Weighting, float, float, float, float],
+) -> Tensor:
+    """The losses (N,) at temperature 1 as one product with soft labels: −Σ_k q_k log p_k.
+
+    q = (1 − w) · onehot(y) + alpha · w · softmax(z^p), zero at ignored samples. Only q and log p are kept for the
+    backward pass.
+    """
+    student, teacher = upcast(logits, prompt_logits.detach())
+    kept = _kept(target, ignore_index)
+    log_probs = student.log_softmax(1)
+    with torch.no_grad():
+        q = teacher.log_softmax(1)
+        weight = _weight(_cross_entropy(log_probs, target, kept), _cross_entropy(q, target, kept), *options)[:, None]
+        q.exp_().mul_(alpha * weight)
+        if kept is None:
+            q.add_((1 - weight) * target)
+        else:
+            q.scatter_add_(1, torch.where(kept, target, 0).long()[:, None], 1 - weight).mul_(kept[:, None])
+    return -(q * log_probs).sum(1)
+
+
+def mean_over_kept(values: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The mean of values (N,), zero at ignored samples, over the others; zero if there are none."""
+    kept = _kept(target, ignore_index)
+    return values.sum() / (max(len(values), 1) if kept is None else kept.sum().clamp_min(1))
 
 
 def proreg_terms(
@@ -147,9 +182,7 @@ def proreg_terms(
         [1.1552, 0.6931, 0.6931, 0.6667]
     """
     _check_inputs(logits, prompt_logits, target)
-    _check_weighting(weighting, gamma, prompt_power, constant_weight, eps)
-    check_positive(temperature=temperature)
-    check_range("alpha", alpha, 0, math.inf)
+    check_options(alpha, weighting, gamma, prompt_power, constant_weight, temperature, eps)
 
     student, teacher = upcast(logits, prompt_logits.detach())
     log_probs, prompt_log_probs = student.log_softmax(1), teacher.log_softmax(1)
@@ -267,6 +300,21 @@ def _check_inputs(logits: Tensor, prompt_logits: Tensor, target: Tensor) -> None
     elif target.shape != logits.shape:
         found = f"{tuple(target.shape)} of {target.dtype}"
         raise ValueError(f"`target` must hold class indices (N,) or soft labels {tuple(logits.shape)}, got {found}")
+
+
+def check_options(
+    alpha: float,
+    weighting: Weighting,
+    gamma: float,
+    prompt_power: float,
+    constant_weight: float,
+    temperature: float,
+    eps: float,
+) -> None:
+    """The ranges of the settings of `proreg_terms`."""
+    check_range("alpha", alpha, 0, math.inf)
+    check_positive(temperature=temperature)
+    _check_weighting(weighting, gamma, prompt_power, constant_weight, eps)
 
 
 def _check_weighting(

@@ -94,6 +94,17 @@ def prompt_logits(
         >>> prompt_logits(torch.tensor([[3.0, 4.0]]), torch.eye(2), logit_scale=10.0)
         tensor([[6., 8.]])
     """
+    check_features(features, text_features)
+    if isinstance(logit_scale, Tensor) and logit_scale.ndim:
+        raise ValueError(f"`logit_scale` must be a number or a 0-d tensor, got shape {tuple(logit_scale.shape)}")
+    check_range("eps", eps, 0, float("inf"))
+    with torch.autocast(features.device.type, enabled=False):
+        features, text_features = upcast(features, text_features)
+        return cosine_logits(features, F.normalize(text_features, dim=1, eps=max(eps, _TINY)), logit_scale, eps)
+
+
+def check_features(features: Tensor, text_features: Tensor) -> None:
+    """Two floating matrices with the same number of columns."""
     for name, matrix in (("features", features), ("text_features", text_features)):
         if matrix.ndim != 2 or not matrix.is_floating_point():
             found = f"{tuple(matrix.shape)} of {matrix.dtype}"
@@ -101,9 +112,10 @@ def prompt_logits(
     if features.shape[1] != text_features.shape[1]:
         columns = f"{features.shape[1]} as `features` has, got {text_features.shape[1]}"
         raise ValueError(f"the number of columns of `text_features` must be {columns}")
-    if isinstance(logit_scale, Tensor) and logit_scale.ndim:
-        raise ValueError(f"`logit_scale` must be a number or a 0-d tensor, got shape {tuple(logit_scale.shape)}")
-    check_range("eps", eps, 0, float("inf"))
+
+
+def cosine_logits(features: Tensor, directions: Tensor, logit_scale: float | Tensor, eps: float = 0.0) -> Tensor:
+    """`prompt_logits` for text features that have unit norm already; nothing is checked."""
     with torch.autocast(features.device.type, enabled=False):
-        image, text = (F.normalize(x, dim=1, eps=max(eps, _TINY)) for x in upcast(features, text_features))
-        return logit_scale * (image @ text.T)
+        features, directions = upcast(features, directions)
+        return logit_scale * (F.normalize(features, dim=1, eps=max(eps, _TINY)) @ directions.T)

@@ -27,7 +27,15 @@ from lightning_methods.functional._logits import (
     softmax,
     upcast,
 )
-from lightning_methods.functional._video import Layout, blend, check_apply, check_lam, check_videos
+from lightning_methods.functional._video import (
+    Layout,
+    blend,
+    check_apply,
+    check_lam,
+    check_videos,
+    moved,
+    sample_beta,
+)
 
 Strategy: TypeAlias = Literal["quantile", "threshold", "top", "bernoulli"]
 
@@ -134,15 +142,11 @@ def sample_stillmix(
     check_positive(batch_size=batch_size, num_frames=num_frames, alpha=alpha, beta=beta, clips=clips)
     check_range("p", p, 0, 1)
     source = device if generator is None else generator.device
-    lam_shape = (batch_size,) if per_sample_lam else ()
-    # torch.distributions takes no generator; this is the function that its Beta calls.
-    concentration = torch.stack([torch.full(lam_shape, float(value), device=source) for value in (alpha, beta)], -1)
-    lam = torch._sample_dirichlet(concentration, generator)[..., 0]
+    lam = sample_beta(alpha, beta, (batch_size,) if per_sample_lam else (), generator=generator, device=source)
     shape = (batch_size,) if clips == 1 else (batch_size, clips)
     indices = torch.randint(num_frames, shape, generator=generator, device=source)
     apply = torch.rand(batch_size, generator=generator, device=source) < p
-    # Only a copy from the host may run behind the host's back: one to the host could be read too early.
-    return StillMixDraw(*(x.to(device or x.device, non_blocking=x.device.type == "cpu") for x in (lam, indices, apply)))
+    return StillMixDraw(*(moved(drawn, device or drawn.device) for drawn in (lam, indices, apply)))
 
 
 def frame_bias_scores(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> FrameBiasScores:

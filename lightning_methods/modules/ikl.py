@@ -2,21 +2,20 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_methods.functional import IKLTerms, ikl_terms, normalize_class_probs
 from lightning_methods.functional._logits import check_choice, check_logits, check_positive, check_range
 from lightning_methods.functional.class_probs import accumulate_class_probs_
 from lightning_methods.functional.ikl import Normalization
+from lightning_methods.modules._local import LocalBuffers
 
 
-class IKLLoss(nn.Module):
+class IKLLoss(LocalBuffers):
     """The IKL or GKL loss whose class-wise weights follow the data.
 
     The class means start uniform. During an epoch the predictions of the teacher (in adversarial training: on
@@ -61,6 +60,7 @@ class IKLLoss(nn.Module):
                 [0.1192, 0.8808]])
     """
 
+    local = ("class_sums",)
     class_probs: Tensor
     class_sums: Tensor
 
@@ -95,7 +95,7 @@ class IKLLoss(nn.Module):
         # float32 also where the default dtype is half precision, as under Lightning's "bf16-true".
         for name in ("class_probs", "class_sums"):
             self.register_buffer(name, torch.empty(0, 0, dtype=torch.float32), persistent=class_wise)
-        self.class_sums = self._buffers.pop("class_sums")  # type: ignore[assignment]
+        self.make_local()
         if class_wise and num_classes is not None:
             self._start(num_classes, self.class_probs.device)
 
@@ -191,30 +191,8 @@ class IKLLoss(nn.Module):
         self.class_probs = self.class_probs.new_full((num_classes, num_classes), 1 / num_classes, device=device)
         self.class_sums = torch.zeros_like(self.class_probs)
 
-    @contextmanager
-    def _sums_as_buffer(self) -> Iterator[None]:
-        self._buffers["class_sums"] = self.class_sums
-        try:
-            yield
-        finally:
-            self.class_sums = self._buffers.pop("class_sums")  # type: ignore[assignment]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IKLLoss":
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
-
-        with self._sums_as_buffer():
-            super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with self._sums_as_buffer():
-            super()._save_to_state_dict(*args, **kwargs)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "class_probs")
         if self.class_wise and self.num_classes is None and saved is not None and len(saved):
             self._start(len(saved), self.class_probs.device)
-        with self._sums_as_buffer():
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -46,21 +46,23 @@ class Everything(Method):
         image="batch.0",
         logits="module",
         pull_weight=1.0,
-        push_weight=0.5,
+        weight_push=0.5,
         ramp=None,
         task_weight=1.0,
+        centres=None,
         log=True,
         name="everything",
     ):
         super().__init__(
             name=name,
-            weights={"pull": pull_weight, "push": push_weight},
+            weights={"pull": pull_weight, "push": weight_push},
             ramp=ramp,
             task_weight=task_weight,
             log=log,
         )
         self.teacher = None if teacher is None else Teacher(teacher)
         self.image, self.logits = address(image), address(logits)
+        self.centres = centres
 
     def losses(self, step):
         self.during = repr(self)
@@ -81,10 +83,11 @@ def bias(step):
         ({"image": "batch.0"}, "Everything()"),
         ({"logits": computed(bias, "module.net")}, "Everything(logits=<bias>)"),
         ({"pull_weight": 0.3}, "Everything(pull_weight=0.3)"),
-        ({"pull_weight": 1.0, "push_weight": 1.0}, "Everything(push_weight=1.0)"),
+        ({"pull_weight": 1.0, "weight_push": 1.0}, "Everything(weight_push=1.0)"),
         ({"ramp": Ramp(3)}, "Everything(ramp=Ramp(length=3, start=0, unit='epoch'))"),
         ({"task_weight": 0.0, "log": False, "name": "b"}, "Everything(task_weight=0.0, log=False, name='b')"),
         ({"log": "epoch"}, "Everything(log='epoch')"),
+        ({"centres": torch.ones(2, 3)}, "Everything(centres=Tensor(2, 3))"),
     ],
 )
 def test_repr_reads_like_the_constructor_call_with_what_is_not_default(arguments, text):

@@ -83,6 +83,18 @@ def test_weight_0_is_not_attached_bit_for_bit():
     assert all(map(torch.equal, spy.returned, reference.returned))
 
 
+def test_terms_outside_the_ramp_have_their_whole_weight():
+    from lightning_methods.attach import Ramp
+
+    class Steady(Two):
+        unramped = frozenset({"b"})
+
+    attached, by_hand = Plain(), ByHand(0.25)
+    fit(attached, Steady(weights={"a": 0.5, "b": 0.25}, ramp=Ramp(4, start=9)), max_epochs=2)
+    fit(by_hand, max_epochs=2)
+    assert_close(attached, by_hand)
+
+
 def test_a_ramp_scales_every_weight():
     from lightning_methods.attach import Ramp
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
+from conformance import cases_acf, cases_twbert
 from conformance.cases_eqsim import EQSIM_CASES, EQSIM_YAML
+from conformance.cases_proreg import PROREG_CASES, PROREG_YAML
+from conformance.cases_stillmix import STILLMIX, STILLMIX_YAML
+from conformance.cases_umil import UMIL_CASES, UMIL_YAML
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,14 +46,20 @@ def ikl(**settings: object) -> Case:
 
 CASES = {
     **EQSIM_CASES,
+    **UMIL_CASES,
     "IKLDistillation": lambda: ikl(wmse_weight=2.0, temperature=2.0, warmup_epochs=2),
     "IKLDistillation-gkl": lambda: ikl(variant="gkl", gamma=0.5, class_wise=False),
     "IKLDistillation-dkl": lambda: ikl(variant="dkl", student_logits="module.net"),
+    **cases_acf.CASES,
+    **cases_twbert.CASES,
+    **PROREG_CASES,
+    **STILLMIX,
 }
 
 #: Arguments for each exported callback as a YAML file would give them, other than the defaults.
 YAML = {
     "EqSim": EQSIM_YAML,
+    "UMIL": UMIL_YAML,
     "IKLDistillation": {
         "teacher": {"class_path": "torch.nn.Linear", "init_args": {"in_features": 6, "out_features": 5}},
         "inputs": "batch.image",
@@ -61,6 +71,10 @@ YAML = {
         "warmup_epochs": 3.0,
         "log": "epoch",
     },
+    **cases_acf.YAML,
+    **cases_twbert.YAML,
+    "ProReg": PROREG_YAML,
+    **STILLMIX_YAML,
 }
 
 

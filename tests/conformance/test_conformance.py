@@ -75,4 +75,4 @@ def test_yaml_round_trip(name: str) -> None:
 def test_every_exported_callback_has_a_case() -> None:
     exported = set(callbacks.__all__)
     assert exported == {name.split("-")[0] for name in CASES}
-    assert exported == {name for info in METHODS for name in info.callbacks}
+    assert exported >= {name for info in METHODS for name in info.callbacks}

@@ -353,6 +353,16 @@ class TestReport:
         assert all(words.count(f"{100 + seed**2 / 1000:.3f}") == 2 for seed in range(23))
         assert "…" not in shown
 
+    def test_many_metrics_go_into_several_tables(self, tmp_path, capsys):
+        metrics = {f"m{number}": Metric(f"metric {number}, %") for number in range(9)}
+        run = lambda run: {f"m{number}": number + run.seed / 8 for number in range(9)}  # noqa: E731
+        demo(replace(TOY, metrics=metrics, run=run), tmp_path)
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        assert all(f"metric {number}, %" in shown for number in range(9))
+        assert [shown.count(f"{number}.12 ± 0.31") for number in range(9)] == [2] * 9
+        assert max(map(len, shown.split("Mean ±")[0].splitlines()[-12:])) <= 80
+
     def test_json_holds_everything(self, tmp_path):
         demo(TOY, tmp_path, "--seeds", "1")
         found = result(tmp_path)

@@ -1,0 +1,225 @@
+"""`lightning-methods score-frames`: trains StillMix's reference network on single frames, and scores every frame."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lightning_methods.datamodules import VideoSource
+from lightning_methods.datamodules._video_files import VideoKind
+from lightning_methods.datamodules.stillmix_frames import AllFrames, RandomFrames, frame_batches, random_frame_loader
+from lightning_methods.functional._seeds import seeded
+from lightning_methods.modules import (
+    FrameScores,
+    SingleFrameClassifier,
+    load_frame_scores,
+    save_frame_scores,
+    score_frames,
+)
+
+_PROG = "lightning-methods score-frames"
+_AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+#: Options that may change between a call and its continuation.
+_FREE = ("out", "resume", "workers", "accelerator")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, scores and writes the file; see `--help`.
+
+    Args:
+        argv: The options; None takes those of the process.
+
+    Returns:
+        Exit status: 0; 1 after an error, in a sentence; 130 if the user pressed Ctrl-C.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    options = _parser().parse_args(given)
+    try:
+        _run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise  # Lightning turns Ctrl-C into this
+        again = given if options.resume else [*given, "--resume"]
+        print(f"Stopped. To go on: {_PROG} {shlex.join(again)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=_PROG,
+        description="Trains a 2-D network on single frames of a training set, scores every frame of the same set by "
+        "how sure the network is of it, and writes the scores to a file for FrameBankSpec.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--list", required=True, type=Path, metavar="FILE", help="training videos: `folder num_frames label` or ...")
+    add("--root", required=True, type=Path, metavar="DIR", help="the folder that names in the list are relative to")
+    add("--out", required=True, type=Path, metavar="FILE", help="the score file, .npz; FILE.work is kept beside it")
+    add("--resume", action="store_true", help="go on with what a stopped call left in FILE.work")
+    add("--kind", choices=get_args(VideoKind), default="auto", help="what the videos are")
+    add("--template", help='names of frames, e.g. "frame{:06d}.jpg"')
+    add("--network", default="resnet50", metavar="NAME", help="in timm: the 2-D twin of your video network")
+    add("--weights", default="imagenet", help="to start with: imagenet (timm downloads them), none, or a file")
+    add("--num-classes", type=int, metavar="K", help="default: the largest label + 1")
+    add("--epochs", type=int, default=50, help="one frame of each video an epoch")
+    add("--milestones", type=int, nargs="*", default=[20, 40], help="epochs after which the rate is divided by 10")
+    add("--lr", type=float, default=0.04, help="published: 0.04 with batch 256, 0.01 with batch 64")
+    add("--batch-size", type=int, default=256)
+    add("--weight-decay", type=float, default=1e-5)
+    add("--resize", type=int, default=256, help="side to which training frames are resized before the crop")
+    add("--size", type=int, default=224, help="side of the crop, and of the frames that are scored")
+    add("--every", type=int, metavar="N", help="score every Nth frame; default: all images, every 20th of video files")
+    add("--temperature", type=float, default=1.0, help="of the softmax")
+    add("--seed", type=int, default=0)
+    add("--precision", choices=list(_AUTOCAST), default="32-true")
+    add("--accelerator", default="auto", help="of Lightning's Trainer")
+    add("--workers", type=int, default=4, metavar="N", help="processes that decode")
+    add("--videos-per-part", type=int, default=200, metavar="N", help="how many videos are scored between two savings")
+    return parser
+
+
+def _run(options: Namespace) -> None:
+    source = VideoSource(options.list, options.root, options.kind, options.template)
+    work = options.out.with_name(f"{options.out.name}.work")
+    _open(work, options)
+    classes = options.num_classes or 1 + max(entry.label for entry in source.entries())
+    pretrained = {"imagenet": True, "none": False}.get(options.weights, options.weights)
+    begun = (work / "network.pt").exists() or (work / "training.ckpt").exists()
+    torch.manual_seed(options.seed)
+    network = SingleFrameClassifier(
+        options.network,
+        classes,
+        pretrained=not begun and pretrained,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        milestones=options.milestones,
+    )
+    _train(network, source, work, options)
+    scores = _score(network, source, work, options)
+    save_frame_scores(options.out, scores)
+    low, high = scores.top_prob.aminmax()
+    print(f"{len(scores.keys)} frames, scored {low:.3g} to {high:.3g}: {options.out}")
+
+
+def _open(work: Path, options: Namespace) -> None:
+    """The folder of what is done so far; it must belong to the same settings."""
+    settings = {name: str(value) for name, value in vars(options).items() if name not in _FREE}
+    file = work / "settings.json"
+    if file.exists() and not options.resume:
+        raise ValueError(f"{work} holds an earlier call: add --resume to go on with it, or remove it")
+    if file.exists() and (before := json.loads(file.read_text())) != settings:
+        changed = ", ".join(f"--{name.replace('_', '-')}" for name in settings if settings[name] != before.get(name))
+        raise ValueError(f"{work} was begun with other settings ({changed}): give the same, or remove it")
+    work.mkdir(parents=True, exist_ok=True)
+    _replace(file, lambda path: path.write_text(json.dumps(settings, indent=1)))
+
+
+def _train(network: SingleFrameClassifier, source: VideoSource, work: Path, options: Namespace) -> None:
+    file, last = work / "network.pt", work / "training.ckpt"
+    if not file.exists():
+        frames = RandomFrames(source, resize=options.resize, size=options.size, seed=options.seed)
+        loader = random_frame_loader(frames, batch_size=options.batch_size, num_workers=options.workers)
+        with _progress("training", options.epochs) as advance:
+            trainer = Trainer(
+                max_epochs=options.epochs,
+                accelerator=options.accelerator,
+                devices=1,
+                precision=options.precision,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[_Epochs(last, options.seed, advance)],
+            )
+            trainer.fit(network, loader, ckpt_path=last if last.exists() else None)
+        _replace(file, lambda path: torch.save(network.state_dict(), path))
+        last.unlink(missing_ok=True)
+    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    if options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        network.cuda()
+
+
+class _Epochs(Callback):
+    """Saves after each epoch; random numbers of an epoch do not depend on how often the run was stopped before."""
+
+    def __init__(self, file: Path, seed: int, advance: Callable[[int], None]) -> None:
+        self.file, self.seed, self.advance = file, seed, advance
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Called before each epoch: seeds what the network draws, dropout for one."""
+        self.advance(trainer.current_epoch)
+        torch.manual_seed(seeded("epoch", self.seed, trainer.current_epoch).initial_seed())
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Called after each epoch: saves it."""
+        _replace(self.file, trainer.save_checkpoint)
+        self.advance(trainer.current_epoch + 1)
+
+
+def _score(network: SingleFrameClassifier, source: VideoSource, work: Path, options: Namespace) -> FrameScores:
+    frames = AllFrames(source, size=options.size, every=options.every)
+    parts = []
+    with _progress("scoring", len(frames)) as advance:
+        for start in range(0, len(frames), options.videos_per_part):
+            videos = range(start, min(start + options.videos_per_part, len(frames)))
+            file = work / f"scores-{videos.start:08}-{videos.stop:08}.npz"
+            if not file.exists():
+                batches = frame_batches(frames, videos, batch_size=options.batch_size, num_workers=options.workers)
+                autocast = _AUTOCAST[options.precision]
+                scores = score_frames(network, batches, temperature=options.temperature, autocast=autocast)
+                save_frame_scores(file, scores)
+            parts.append(load_frame_scores(file))
+            advance(videos.stop)
+    return FrameScores(
+        tuple(key for part in parts for key in part.keys),
+        torch.cat([part.target_prob for part in parts]),
+        torch.cat([part.top_prob for part in parts]),
+    )
+
+
+def _replace(file: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside a file, and puts the result there in one step."""
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
+    try:
+        write(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar; without a terminal or without rich, a line now and then."""
+    if find_spec("rich") is not None and sys.stdout.isatty():
+        from rich.progress import Progress
+
+        with Progress() as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda done: progress.update(task, completed=done)
+        return
+    last = -10.0
+
+    def line(done: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= 10:
+            last = time.monotonic()
+            print(f"{label}: {done} of {total}", flush=True)
+
+    yield line
