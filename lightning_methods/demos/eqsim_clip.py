@@ -163,7 +163,7 @@ _COSINES = {"activation": None, "margin": 0.0}
 _ARMS = {
     "before": Arm("before", "not fine-tuned", trains=False),
     "plain": Arm("contrastive", "fine-tuned with CLIP's own loss"),
-    "eqsim": Arm("+ EqSim", "close and far pairs of cosines", {**_COSINES, "weight": 10.0, "num_samples": 4}),
+    "eqsim": Arm("+ EqSim", "close and far pairs of cosines", {**_COSINES, "weight": 5.0, "num_samples": 4}),
 }
 _TUNING = Tuning(
     pretraining={"train_images": 4000, "quads_per_subset": 1, "eval_images": 1, "detail": 0.5},
