@@ -161,7 +161,7 @@ class TestModule:
 @pytest.mark.usefixtures("small")
 class TestCommand:
     def test_runs_and_its_model_scores_the_same_with_eval_eqben(self, tmp_path, capsys):
-        assert cli(["demo", "eqsim_clip", "--fast", "--seeds", "1", "--out", str(tmp_path)]) == 0
+        assert eqsim_clip.main(["--fast", "--seeds", "1", "--out", str(tmp_path)]) == 0
         result = json.loads((tmp_path / "result.json").read_text())
         figures = {record["arm"]: record["metrics"] for record in result["records"]}
         assert figures.keys() == eqsim_clip._ARMS.keys()

@@ -72,5 +72,5 @@ assert len({{"pytorch_lightning", "lightning.pytorch"}} & set(sys.modules)) == 1
 def test_other_names_are_an_error():
     from lightning_methods import modules
 
-    with pytest.raises(AttributeError, match="no attribute 'SingleFrameNet'; it has ActorCutMix"):
+    with pytest.raises(AttributeError, match="no attribute 'SingleFrameNet'; it has ACFCaptioner"):
         modules.SingleFrameNet  # noqa: B018
