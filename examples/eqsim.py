@@ -33,7 +33,7 @@ class Net(LightningModule):
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    def test_step(self, batch, batch_idx, dataloader_idx=0):
+    def test_step(self, batch, batch_idx, dataloader_idx=0):  # noqa: ARG002
         if dataloader_idx == 0:  # quadruples: two images and two texts in dim 1; the second loader is for retrieval
             image, text = self(*batch)
             self.score.update(*(image @ text.mT).flatten(1).unbind(1))

@@ -46,6 +46,38 @@ class MethodInfo:
 
 METHODS: tuple[MethodInfo, ...] = (
     MethodInfo(
+        name="eqsim",
+        title="Equivariant similarity: opposite changes of an image-text pair move the score by the same amount",
+        callbacks=("EqSim",),
+        functional=(
+            "eqsim_quad_loss",
+            "eqsim_all_pairs_loss",
+            "eqsim_close_far_loss",
+            "eqsim_sample_close",
+            "eqsim_itm_loss",
+            "cross_modal_consistency_loss",
+            "in_modal_consistency_loss",
+            "pair_group_scores",
+            "eqben_subset_scores",
+            "foil_scores",
+            "retrieval_recall",
+            "embedding_recall",
+        ),
+        paper="Wang et al., Equivariant Similarity for Vision-Language Foundation Models, ICCV 2023, arXiv 2303.14465",
+        task="image-text retrieval and matching",
+        kind="step",
+        changes_inference=False,
+        card="docs/methods/eqsim.md",
+        known_limits=(
+            "It needs a retrieval loss beside it: equal similarities everywhere fulfil it.",
+            "In our demo a contrastive loss at a well-chosen temperature does as well without it.",
+            "A weight that is too large hurts, and the released setting shows no effect on small models.",
+            "The paper was read in its abstract only; formulas and settings are those of the authors' code.",
+        ),
+        commands=("eval-eqben",),
+        more_demos=("eqsim_clip",),
+    ),
+    MethodInfo(
         name="ikl",
         title="Improved and generalised KL: distillation whose pairwise logit term reaches the student",
         callbacks=("IKLDistillation",),
