@@ -134,9 +134,29 @@ class Bags(LightningDataModule):
         return DataLoader(bags, batch_size=2)
 
 
+class DualEncoder(Sgd):
+    """Contrasts images with texts at a learned scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.image_encoder, self.text_encoder = nn.Linear(8, 4), nn.Linear(6, 4)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def training_step(self, batch, batch_idx):
+        image, text = self.image_encoder(batch["image"]), self.text_encoder(batch["text"])
+        logits = self.logit_scale.exp() * F.normalize(image) @ F.normalize(text).T
+        return F.cross_entropy(logits, torch.arange(len(logits)))
+
+
+class Pairs(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([{"image": torch.rand(8), "text": torch.rand(6)} for _ in range(12)], batch_size=6)
+
+
 #: Module and data by the recipe's name.
 WORLDS = {
     "acf": (Tagger, Sequences),
+    "eqsim": (DualEncoder, Pairs),
     "ikl": (Student, Images),
     "proreg": (Student, Images),
     "twbert": (VideoText, Videos),

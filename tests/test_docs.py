@@ -22,6 +22,7 @@ PYTHON = {
     "docs/guide.md": 9,
     "docs/index.md": 3,
     "docs/methods/acf.md": 5,
+    "docs/methods/eqsim.md": 4,
     "docs/methods/ikl.md": 4,
     "docs/methods/stillmix.md": 5,
     "docs/methods/twbert.md": 4,

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from unfinished import UNFINISHED
 
 from lightning_methods.registry import METHODS
 
 FOLDER = Path(__file__).parents[1] / "examples"
-EXAMPLES = sorted(path for path in FOLDER.rglob("*.py") if path.stem not in UNFINISHED)
+EXAMPLES = sorted(FOLDER.rglob("*.py"))
 
 
 def test_there_is_one_for_every_method():

@@ -6,7 +6,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from unfinished import UNFINISHED
 
 from lightning_methods import callbacks, functional, mixins, registry
 from lightning_methods.attach import Method
@@ -55,7 +54,7 @@ def test_every_row_has_its_file_in_every_room(info, room):
 @pytest.mark.parametrize("room", OF_METHODS_ALONE)
 def test_every_file_has_its_row(room):
     files = {path.stem for path in ROOT.glob(ROOMS[room].format("*"))}
-    assert {name for name in files if not name.startswith("_") and name != "index"} - UNFINISHED == set(NAMES)
+    assert {name for name in files if not name.startswith("_") and name != "index"} == set(NAMES)
 
 
 @each_row
@@ -66,22 +65,17 @@ def test_code_has_its_tests(info, room):
 
 
 def test_every_exported_callback_belongs_to_one_row():
-    of_rows = [name for info in registry.METHODS for name in info.callbacks]
-    owner = {name: getattr(callbacks, name).__module__.rpartition(".")[2] for name in callbacks.__all__}
-    assert sorted(of_rows) == sorted(name for name in owner if owner[name] not in UNFINISHED)
+    assert sorted(name for info in registry.METHODS for name in info.callbacks) == sorted(callbacks.__all__)
 
 
 def test_every_exported_function_belongs_to_one_row():
-    of_rows = [name for info in registry.METHODS for name in info.functional]
     functions = [getattr(functional, name) for name in functional.__all__]
-    exported = {
-        function.__name__: re.split(r"[._]", function.__module__.removeprefix("lightning_methods.functional."))[0]
+    exported = [
+        (re.split(r"[._]", function.__module__.removeprefix("lightning_methods.functional."))[0], function.__name__)
         for function in functions
         if inspect.isfunction(function)
-    }
-    assert sorted(of_rows) == sorted(name for name, owner in exported.items() if owner not in UNFINISHED)
-    assert set(exported.values()) >= UNFINISHED
-    assert not UNFINISHED & set(NAMES)
+    ]
+    assert sorted((info.name, name) for info in registry.METHODS for name in info.functional) == sorted(exported)
 
 
 @each_row

@@ -47,6 +47,7 @@ _METRICS = {
     "gap": Metric("gap"),
 }
 _PRETRAINING_SEED = 900
+_OPTIMIZER = {"lr": 3e-4, "weight_decay": 1.0}
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,20 @@ class Arm:
         title: What the report calls it.
         about: What the title stands for.
         options: Settings of `EqSim`; None attaches nothing.
-        optimizer: Learning rate and weight decay of the fine-tuning; the same in all arms but for the search of
-            `--tune`.
+        model: Arguments of `LitCLIP`, which has the optimizer.
         trains: Whether there is any fine-tuning.
     """
 
     title: str
     about: str
     options: Mapping[str, Any] | None = None
-    optimizer: Mapping[str, Any] = field(default_factory=lambda: {"lr": 1e-4, "weight_decay": 0.1})
+    model: Mapping[str, Any] = field(default_factory=lambda: dict(_OPTIMIZER))
     trains: bool = True
 
     def settings(self) -> dict[str, Any]:
         """The arm without its title, as JSON types."""
         options = self.options and dict(self.options)
-        return {"options": options, "optimizer": dict(self.optimizer), "trains": self.trains}
+        return {"options": options, "model": dict(self.model), "trains": self.trains}
 
     def callbacks(self) -> list[EqSim]:
         """The list for `Trainer(callbacks=...)`."""
@@ -135,7 +135,7 @@ class Tuning:
         data = SyntheticEqBenDataModule(
             folder / "tuning", tokenizer=f"transformers:{folder / 'clip'}", seed=run.seed, **self.data
         )
-        model = LitCLIP(num_words, **arm.optimizer)
+        model = LitCLIP(num_words, **arm.model)
         model.load_state_dict(weights)
         if arm.trains:
             fit(model, data, epochs=self.epochs, callbacks=arm.callbacks(), progress=run.progress)
@@ -163,7 +163,8 @@ _COSINES = {"activation": None, "margin": 0.0}
 _ARMS = {
     "before": Arm("before", "not fine-tuned", trains=False),
     "plain": Arm("contrastive", "fine-tuned with CLIP's own loss"),
-    "eqsim": Arm("+ EqSim", "close and far pairs of cosines", {**_COSINES, "weight": 10.0, "num_samples": 4}),
+    "soft": Arm("soft", "the same at a fixed scale of 5", model={**_OPTIMIZER, "scale": 5.0}),
+    "eqsim": Arm("+ EqSim", "close and far pairs of cosines", {**_COSINES, "weight": 5.0, "num_samples": 4}),
 }
 _TUNING = Tuning(
     pretraining={"train_images": 4000, "quads_per_subset": 1, "eval_images": 1, "detail": 0.5},
@@ -178,6 +179,7 @@ _FAST = replace(_TUNING, pretraining={**_TUNING.pretraining, "train_images": 200
 #: What `--tune` tries, twelve settings for each arm that trains.
 _TRIED: dict[str, dict[str, tuple[float, ...]]] = {
     "plain": {"lr": (3e-5, 1e-4, 3e-4, 1e-3), "weight_decay": (0.1, 1.0, 3.0)},
+    "soft": {"scale": (3.0, 5.0, 7.0, 10.0), "lr": (1e-4, 3e-4, 1e-3)},
     "eqsim": {"weight": (2.0, 5.0, 10.0, 20.0, 40.0, 80.0), "num_samples": (4, 16)},
 }
 
@@ -191,7 +193,7 @@ def candidates() -> dict[str, Arm]:
             shown = ",".join(f"{key}={value:g}" for key, value in setting.items())
             arm = _ARMS[name]
             changed: dict[str, Any] = (
-                {"optimizer": setting} if arm.options is None else {"options": {**arm.options, **setting}}
+                {"model": {**arm.model, **setting}} if arm.options is None else {"options": {**arm.options, **setting}}
             )
             arms[f"{name}.{shown}"] = replace(arm, title=f"{name}: {shown}", **changed)
     return arms

@@ -3,6 +3,7 @@
 They know nothing of EqSim. What adds it to the training is a callback.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,7 @@ class LitCLIP(LightningModule):
         num_subsets: Subsets of the quadruples.
         image_size: Side of the images.
         width: Width of both transformers, which have two layers each.
+        scale: What cosines are multiplied with in the loss; None: learned, as CLIP does.
         lr: Highest learning rate, after a tenth of the steps.
         weight_decay: Weight decay.
     """
@@ -60,10 +62,12 @@ class LitCLIP(LightningModule):
         num_subsets: int = 7,
         image_size: int = 32,
         width: int = 64,
+        scale: float | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.1,
     ) -> None:
         super().__init__()
+        self.scale = scale
         self.lr = lr
         self.weight_decay = weight_decay
         size = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * width}
@@ -76,6 +80,11 @@ class LitCLIP(LightningModule):
     def forward(self, image: Tensor, text: dict[str, Tensor]) -> Any:
         """CLIP's output, with its loss, for images and texts that belong together row by row."""
         return self.clip(pixel_values=image, **text, return_loss=True)
+
+    def on_fit_start(self) -> None:
+        """Called before the training, when weights have been loaded: sets the scale and holds it."""
+        if self.scale is not None:
+            self.clip.logit_scale.requires_grad_(False).fill_(math.log(self.scale))
 
     def training_step(self, batch: dict[str, Any]) -> Tensor:
         """The contrastive loss of a batch."""

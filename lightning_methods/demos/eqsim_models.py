@@ -22,13 +22,17 @@ class DualEncoder(LightningModule):
     Args:
         features: Features of an image and of a text.
         lr: Learning rate of AdamW, constant.
-        weight_decay: Of the matrices alone.
+        weight_decay: Of the matrices alone, or also of the scale.
+        decay_scale: Whether the scale decays too, which lowers it.
     """
 
-    def __init__(self, features: int = 64, lr: float = 2e-3, weight_decay: float = 2.0) -> None:
+    def __init__(
+        self, features: int = 64, lr: float = 2e-3, weight_decay: float = 2.0, decay_scale: bool = False
+    ) -> None:
         super().__init__()
         self.lr = lr
         self.weight_decay = weight_decay
+        self.decay_scale = decay_scale
         self.image_encoder = _encoder(features)
         self.text_encoder = _encoder(features)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -81,11 +85,12 @@ class DualEncoder(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_optimizers(self) -> AdamW:
-        """AdamW; biases and the scale do not decay."""
-        parameters = list(self.parameters())
+        """AdamW; biases do not decay."""
+        decaying = [p for p in self.parameters() if p.ndim > 1 or (self.decay_scale and p is self.logit_scale)]
+        others = [p for p in self.parameters() if not any(p is one for one in decaying)]
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": decaying, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         return AdamW(groups, lr=self.lr)
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_methods.functional._logits import check_choice, check_range
 
@@ -95,3 +96,23 @@ def _mean(values: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None or not values.ndim:
         return values.mean()
     return torch.where(keep, values, 0).sum() / keep.sum().clamp_min(1)
+
+
+class SquaredAsymmetry(torch.autograd.Function):
+    """The sum of the squares of S − Sᵀ where a symmetric mask is False, of a square matrix S.
+
+    What is summed is antisymmetric, so its gradient is 4 times itself: one pass where autograd makes five, two of them
+    over a transposed matrix. On one CPU thread the far part of 512 samples takes a fifth of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, masked: Tensor) -> Tensor:
+        asymmetry = (scores - scores.T.contiguous()).masked_fill_(masked, 0)
+        ctx.save_for_backward(asymmetry)
+        return asymmetry.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (asymmetry,) = ctx.saved_tensors
+        return 4 * gradient * asymmetry, None

@@ -36,7 +36,7 @@ from lightning_methods.functional._eqsim_checks import (
     check_same_shape,
     check_square_matrix,
 )
-from lightning_methods.functional._eqsim_criterion import Criterion, Hinge
+from lightning_methods.functional._eqsim_criterion import Criterion, Hinge, SquaredAsymmetry
 from lightning_methods.functional._index import check_integer, pick
 from lightning_methods.functional._logits import Reduction, check_choice, check_positive, check_range, reduce, upcast
 
@@ -248,25 +248,24 @@ def eqsim_close_far_loss(
     check_range("far_margin", far_margin, 0, math.inf)
     check_positive(far_scale=far_scale)
     check_square_matrix("logits", logits)
-    _check_close_index(close_index, len(logits))
-    check_exclude(exclude, len(logits))
+    size = len(logits)
+    _check_close_index(close_index, size)
+    check_exclude(exclude, size)
     scores = _activate(logits, activation)
     close_index = close_index.long()
+    pick("close_index", close_index, scores.detach()[: len(close_index)])  # for its error
     anchors = len(close_index)
-
-    matched = scores.diagonal()
-    quads = [
-        matched[:anchors, None].expand(close_index.shape),
-        pick("close_index", close_index, scores[:anchors]),
-        pick("close_index", close_index, scores.T[:anchors]),
-        matched[close_index],
-    ]
+    i = torch.arange(anchors, device=close_index.device)[:, None].expand_as(close_index)
+    j = close_index
+    # One look-up for all four: the gradient of each would be a matrix of its own.
+    quads = scores.take(torch.stack([i * (size + 1), i * size + j, j * size + i, j * (size + 1)])).unbind()
     close = criterion.mean_loss(quads)
 
-    no_far = torch.zeros_like(scores, dtype=torch.bool) if exclude is None else exclude.clone()
-    no_far[:anchors].scatter_(1, close_index, True)
-    asymmetry = (scores - scores.T).masked_fill(no_far | no_far.T, 0)
-    far = weight / far_scale * (asymmetry.square().sum() / max(asymmetry.numel(), 1) - far_margin).clamp_min(0)
+    no_far = torch.zeros_like(scores, dtype=torch.bool) if exclude is None else exclude | exclude.T
+    for side in (no_far, no_far.T):  # a pass over the transposed mask would cost more than all else
+        side[:anchors].scatter_(1, close_index, True)
+    asymmetry = SquaredAsymmetry.apply(scores, no_far) / max(scores.numel(), 1)
+    far = weight / far_scale * (asymmetry - far_margin).clamp_min(0)
     return EqSimTerms(close + far, close, far)
 
 

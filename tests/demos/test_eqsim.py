@@ -82,13 +82,16 @@ class TestModel:
             model.logit_scale.fill_(9.0)
         fit(model, MinimalChangeDataModule(train_size=64), epochs=1)
         assert model.logit_scale.item() == pytest.approx(math.log(100), abs=1e-5)
-        decay = {
-            parameter: group["weight_decay"]
-            for group in model.configure_optimizers().param_groups
-            for parameter in group["params"]
-        }
-        assert len(decay) == len(list(model.parameters()))
-        assert all(decay[p] == (3.0 if p.ndim == 2 else 0.0) for p in model.parameters())
+        for decay_scale in (False, True):
+            model = DualEncoder(weight_decay=3.0, decay_scale=decay_scale)
+            decay = {
+                parameter: group["weight_decay"]
+                for group in model.configure_optimizers().param_groups
+                for parameter in group["params"]
+            }
+            assert decay.pop(model.logit_scale) == (3.0 if decay_scale else 0.0)
+            assert len(decay) == len(list(model.parameters())) - 1
+            assert all(value == (3.0 if parameter.ndim == 2 else 0.0) for parameter, value in decay.items())
 
 
 class TestArms:
@@ -108,7 +111,7 @@ class TestArms:
     @pytest.mark.parametrize("world", eqsim.WORLDS.values(), ids=eqsim.WORLDS)
     def test_settings_hold_all_that_decides_the_figures(self, world):
         assert world.settings().keys() == {field.name for field in fields(world)} - {"title", "baselines"}
-        for changed in ({"epochs": 3}, {"train_size": 3}):
+        for changed in ({"epochs": 3}, {"train_size": 3}, {"model": {"lr": 3.0}}):
             assert replace(world, **changed).settings() != world.settings()
         for part in ("options", "model"):
             arms = {name: replace(arm, **{part: {"x": 1}}) for name, arm in world.arms.items()}
@@ -129,19 +132,27 @@ class TestArms:
         replace(eqsim.WORLDS["limited"], train_size=64, epochs=1).run(Run("main", "plain", 7, None, print))
         assert made == [(64, {"seed": 7, "world_seed": 7})]
 
-    def test_the_search_gave_every_arm_the_same_number_of_settings(self):
-        tried = [name.split(".")[0] for name in eqsim.candidates()]
+    @pytest.mark.parametrize("world", ["limited", "soft"])
+    def test_the_search_gave_every_arm_the_same_number_of_settings(self, world):
+        tried = [name.split(".")[0] for name in eqsim.candidates(world)]
         names = ["plain", "cyclip", "eqsim", "all-pairs"]
         assert {name: tried.count(name) for name in tried} == dict.fromkeys(names, 12)
 
-    def test_the_settings_of_the_report_are_among_those_tried(self):
-        tried = list(eqsim.candidates().values())
-        for name, arm in eqsim.WORLDS["limited"].arms.items():
-            if name == "plain":
-                model = DualEncoder()
-                assert {"lr": model.lr, "weight_decay": model.weight_decay} in [other.model for other in tried]
-            elif name not in ("released", "strong"):
+    @pytest.mark.parametrize("world", ["limited", "soft"])
+    def test_the_settings_of_the_report_are_among_those_tried(self, world):
+        tried = list(eqsim.candidates(world).values())
+        model = {name: eqsim.WORLDS[world].model[name] for name in ("lr", "weight_decay")}
+        assert model in [arm.model for arm in tried]
+        for name, arm in eqsim.WORLDS[world].arms.items():
+            if name not in ("plain", "released", "strong"):
                 assert arm.options in [other.options for other in tried]
+
+    def test_worlds_differ_in_what_their_names_say(self):
+        limited, abundant, soft = (eqsim.WORLDS[name] for name in ("limited", "abundant", "soft"))
+        assert replace(abundant, title=limited.title, train_size=1500, epochs=25) == limited
+        assert (soft.train_size, soft.epochs) == (limited.train_size, limited.epochs)
+        assert soft.model["decay_scale"]
+        assert "decay_scale" not in limited.model
 
     def test_the_search_looks_at_validation_and_at_other_worlds(self):
         search, report = eqsim.experiment(tune=True), eqsim.experiment()
@@ -158,7 +169,7 @@ class TestCommand:
         worlds = {name: replace(world, train_size=128, epochs=1) for name, world in eqsim.WORLDS.items()}
         monkeypatch.setattr(eqsim, "WORLDS", worlds)
 
-    @pytest.mark.parametrize("world", ["limited", "abundant"])
+    @pytest.mark.parametrize("world", eqsim.WORLDS)
     def test_runs_and_leaves_its_results(self, world, tmp_path, capsys):
         assert eqsim.main(["--world", world, "--fast", "--seeds", "1", "--out", str(tmp_path)]) == 0
         result = json.loads((tmp_path / "result.json").read_text())
@@ -186,10 +197,10 @@ class TestCommand:
         assert eqsim.main([*options, str(tmp_path / "stopped"), "--resume"]) == 0
         assert figures(tmp_path / "stopped") == figures(tmp_path / "unbroken")
 
-    def test_the_search_is_for_the_limited_world(self, capsys):
+    def test_the_search_is_for_two_worlds(self, capsys):
         with pytest.raises(SystemExit, match="2"):
             eqsim.main(["--tune", "--world", "abundant"])
-        assert "--tune searches the settings of --world limited only" in capsys.readouterr().err
+        assert "--tune searches the settings of --world limited and soft only" in capsys.readouterr().err
 
     def test_is_a_program(self, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["eqsim", "--help"])

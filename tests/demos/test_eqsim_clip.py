@@ -59,9 +59,15 @@ class TestArms:
 
     def test_arms_differ_in_callbacks_only(self):
         arms = eqsim_clip._ARMS
-        assert {name: len(arm.callbacks()) for name, arm in arms.items()} == {"before": 0, "plain": 0, "eqsim": 1}
-        assert len({json.dumps(arm.optimizer) for arm in arms.values()}) == 1
-        assert {name: arm.trains for name, arm in arms.items()} == {"before": False, "plain": True, "eqsim": True}
+        assert {name: len(arm.callbacks()) for name, arm in arms.items()} == {
+            "before": 0,
+            "plain": 0,
+            "soft": 0,
+            "eqsim": 1,
+        }
+        assert arms["eqsim"].model == arms["plain"].model == arms["before"].model
+        assert arms["soft"].model.keys() - arms["plain"].model.keys() == {"scale"}  # a baseline of its own
+        assert [name for name, arm in arms.items() if not arm.trains] == ["before"]
 
     def test_settings_hold_all_that_decides_the_figures(self):
         setup = eqsim_clip._TUNING
@@ -70,18 +76,18 @@ class TestArms:
             assert replace(setup, **{name: 99}).settings() != setup.settings()
         for name in ("pretraining", "data"):
             assert replace(setup, **{name: {**getattr(setup, name), "train_images": 9}}).settings() != setup.settings()
-        for change in ({"options": {"weight": 3.0}}, {"optimizer": {"lr": 1.0}}, {"trains": False}):
+        for change in ({"options": {"weight": 3.0}}, {"model": {"lr": 1.0}}, {"trains": False}):
             arms = {name: replace(arm, **change) for name, arm in setup.arms.items()}
             assert replace(setup, arms=arms).settings() != setup.settings()
         json.dumps(setup.settings())
 
     def test_the_search_gave_every_arm_the_same_number_of_settings(self):
         tried = [name.split(".")[0] for name in eqsim_clip.candidates()]
-        assert {name: tried.count(name) for name in tried} == {"plain": 12, "eqsim": 12}
+        assert {name: tried.count(name) for name in tried} == {"plain": 12, "soft": 12, "eqsim": 12}
 
     def test_the_settings_of_the_report_are_among_those_tried(self):
         tried = [arm.settings() for arm in eqsim_clip.candidates().values()]
-        for name in ("plain", "eqsim"):
+        for name in ("plain", "soft", "eqsim"):
             assert eqsim_clip._ARMS[name].settings() in tried
 
     def test_the_search_looks_at_validation_and_at_other_seeds(self):
@@ -143,6 +149,16 @@ class TestModule:
         images, texts = images["image_id"], texts["image_id"]
         recall = found(cosines.argmax(1), texts, images), found(cosines.argmax(0), images, texts)
         assert logged["recall"] == pytest.approx(np.mean(recall))
+
+    def test_a_given_scale_is_held(self, prepared):
+        shared, folder = prepared
+        weights, num_words, _ = shared.value
+        learned, held = (LitCLIP(num_words, scale=scale) for scale in (None, 5.0))
+        for model in (learned, held):
+            model.load_state_dict(weights)
+            fit(model, data_in(folder), epochs=2)
+        assert held.clip.logit_scale.exp().item() == pytest.approx(5)
+        assert learned.clip.logit_scale != weights["clip.logit_scale"]
 
     def test_eqsim_finds_what_it_needs_and_changes_the_training(self, prepared):
         shared, folder = prepared
