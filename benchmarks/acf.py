@@ -1,4 +1,4 @@
-"""Speed and memory of ACF's parts, forward and backward, float32, one thread.
+"""Speed and memory of ACF's parts, forward and backward, float32, one thread; times are those of the processor.
 
 python benchmarks/acf.py [--json FILE] [--fast]
 
@@ -10,6 +10,7 @@ stated bound is missed.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def matrix(report: Report, fast: bool) -> None:
         turns = Turns(
             {n: lambda f=form, x=inputs: torch.autograd.grad(f(*x).square().sum(), x) for n, form in forms.items()},
             rounds=3 if fast else 7,
+            clock=time.process_time,
         )
         at = f"cluster matrix B={batch} N={length} D={inputs[0].shape[2]}"
         for name in forms:
@@ -88,7 +90,9 @@ def layers(report: Report, fast: bool) -> None:
             return torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
 
         turns = Turns(
-            {"torch": lambda m=torch_s, s=step: s(m), "ours": lambda m=ours, s=step: s(m)}, rounds=5 if fast else 15
+            {"torch": lambda m=torch_s, s=step: s(m), "ours": lambda m=ours, s=step: s(m)},
+            rounds=5 if fast else 15,
+            clock=time.process_time,
         )
         at = f"attention layer, {name}, B={batch} D={width}"
         report.add(f"{at}: torch, ms", 1e3 * turns.seconds("torch"))
@@ -115,8 +119,8 @@ def run_form(form: str, length: int) -> Callable[[], object]:
 
 
 def lean(report: Report, fast: bool) -> None:
-    # glibc moves the size from which a block is mapped by itself up to what was freed last; below it, blocks of slightly
-    # different sizes, as those of the lean form, leave holes in the heap, which would be measured instead of the form.
+    # glibc moves the size from which a block is mapped by itself up to what was freed last. Below it, blocks that are
+    # a little different in size, as those of the lean form, leave holes in the heap, which would be measured.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     sizes = (512, 1024) if fast else (512, 1024, 2048, 4096)
     for kind in ("span", "neighbours"):
@@ -130,7 +134,11 @@ def lean(report: Report, fast: bool) -> None:
             bound = 5 if length == 4096 else 0
             report.add(f"{at}: times less memory", plain_mib / lean_mib, at_least=bound)
             if length in (512, 2048):
-                turns = Turns({form: run_form(f"{kind}, {form}", length) for form in ("lean", "plain")}, rounds=3)
+                turns = Turns(
+                    {form: run_form(f"{kind}, {form}", length) for form in ("lean", "plain")},
+                    rounds=3,
+                    clock=time.process_time,
+                )
                 report.add(f"{at}: time lean / plain", turns.ratio("lean", "plain"))
         first, last = (report.figures[f"{kind} H=2 N={n}: lean, extra MiB"] for n in (sizes[0], sizes[-1]))
         growth = sizes[-1] / sizes[0]
