@@ -20,6 +20,7 @@ from lightning_methods.callbacks._attention import replaced_attention
 from lightning_methods.functional import fine_grained_contrastive_loss, video_text_contrastive_loss
 from lightning_methods.functional._gather import gather_batch
 from lightning_methods.functional._logits import upcast
+from lightning_methods.functional._seeds import seeded
 from lightning_methods.modules import TimmTrajectoryWordAttention, TrajectoryWordSelfAttention
 
 #: The authors keep the temperature in here.
@@ -133,15 +134,15 @@ class AlignBeforeFuse(Method):
         temperature: τ at the start; it is learned, within [0.001, 0.5].
         momentum: Share of the old average that each step keeps.
         alpha: Share of the teacher's prediction in the targets of `vtc`, reached linearly in the first epoch.
-        queue_size: Earlier pairs that `vtc` compares with; 0: the batch alone.
-        fine_queue_size: Earlier pairs that `fine` compares with.
+        queue_size: Earlier pairs of all ranks that `vtc` compares with, at first random directions; 0: the batch alone.
+        fine_queue_size: Earlier pairs that `fine` compares with. How its queue begins is not known; here it is empty.
         task_weight: Weight of the module's own loss.
         log: `True`, `"epoch"` (means over steps too) or `False`.
         name: Prefix in logs and key in checkpoints.
 
     Raises:
         ValueError: If an argument is out of its range, or `fine` lacks an address; at the first step if shapes
-            disagree.
+            disagree, or a queue is smaller than the batch of all ranks.
         AddressError: If an address of features is not one in the module: the teacher has them at the same place.
 
     Source:
@@ -263,10 +264,18 @@ class AlignBeforeFuse(Method):
         with torch.no_grad():
             slow = self._slow(*self._read(step, self._of_teacher[:2], 2, "(B, E)"))
             slow_video, slow_text = (F.normalize(features, dim=1) for features in slow)
+        if not self._pairs.count:
+            self._pairs.push(*self._random_rows(slow_video))
         videos, texts = self._pairs.rows(slow_video, slow_text)
         loss = video_text_contrastive_loss(video, text, slow_video, slow_text, videos, texts, tau, alpha=alpha)
         self._pairs.push(*gather_batch(slow_video, slow_text, gather_grad=False))
         return loss
+
+    def _random_rows(self, like: Tensor) -> list[Tensor]:
+        """What the queue begins with: unit rows (queue_size, E) of videos and of texts, the same on all ranks."""
+        generator = torch.Generator(like.device).manual_seed(seeded(self.name, "queue").initial_seed())
+        rows = like.new_empty(2, self.queue_size, like.shape[1]).normal_(generator=generator)
+        return list(F.normalize(rows, dim=2))
 
     def _fine(self, step: Step, tau: Tensor) -> Tensor:
         video, text = self._trained(*self._read(step, (self.video_tokens, self.text_tokens), 3, "(B, N, E)"))
@@ -332,7 +341,7 @@ class _Trained(nn.Module):
 
 
 class Queue:
-    """The latest rows of several tensors, in a ring; it begins empty and grows to its size.
+    """The latest rows of several tensors, in a ring; it begins empty and grows to its size, unless it is filled first.
 
     Args:
         size: Most rows it holds.
@@ -363,17 +372,24 @@ class Queue:
         return tuple(ring[: min(self.count, self.size)].to(like[0].device) for ring in self._rings)
 
     def push(self, *rows: Tensor) -> None:
-        """Puts rows in the place of the oldest."""
+        """Puts rows in the place of the oldest; a queue of size 0 takes none.
+
+        Raises:
+            ValueError: If there are more rows than it holds.
+        """
         if not self.size:
             return
+        if len(rows[0]) > self.size:
+            raise ValueError(
+                f"Expected a queue to be at least as long as the batch of all ranks, {len(rows[0])}, or 0, but it is "
+                f"{self.size}."
+            )
         if not self._rings:
             self._rings = tuple(row.new_zeros(self.size, *row.shape[1:]) for row in rows)
         self._rings = tuple(ring.to(row.device) for ring, row in zip(self._rings, rows, strict=True))
-        kept = min(len(rows[0]), self.size)
-        skipped = len(rows[0]) - kept
-        place = torch.arange(self.count + skipped, self.count + skipped + kept, device=rows[0].device) % self.size
+        place = torch.arange(self.count, self.count + len(rows[0]), device=rows[0].device) % self.size
         for ring, row in zip(self._rings, rows, strict=True):
-            ring.index_copy_(0, place, row[skipped:].detach().to(ring.dtype))
+            ring.index_copy_(0, place, row.detach().to(ring.dtype))
         self.count += len(rows[0])
 
     def state_dict(self) -> dict[str, Any]:

@@ -45,14 +45,14 @@ def distilled(student, slow, columns, tau, alpha):
 class Written(TwoTowers):
     """The same objective, in the training step by hand."""
 
-    def __init__(self, momentum, alpha, weight, fine=0.0):
+    def __init__(self, momentum, alpha, weight, start, fine=0.0):
         super().__init__()
         two = two_towers()[0]
         self.load_state_dict(two.state_dict())
         self.slow = [copy.deepcopy(two).requires_grad_(False)]  # in a list: not a part of the module
         self.tau = nn.Parameter(torch.tensor(0.07))
         self.settings = momentum, alpha, weight, fine
-        self.queue, self.tokens = [], []
+        self.queue, self.tokens = [start], []
         self.seen = 0
 
     def training_step(self, batch, batch_idx):
@@ -64,11 +64,7 @@ class Written(TwoTowers):
         video, text, patches, words = features(self, batch)
         slow_video, slow_text, slow_patches, slow_words = features(slow, batch)
         video, text, slow_video, slow_text = (F.normalize(x, dim=1) for x in (video, text, slow_video, slow_text))
-        old_video, old_text = (
-            (torch.cat(part)[-6:] for part in zip(*self.queue, strict=True))
-            if self.queue
-            else (slow_video[:0], slow_text[:0])
-        )
+        old_video, old_text = (torch.cat(part)[-6:] for part in zip(*self.queue, strict=True))
         alpha *= min(1, self.seen / 3)
         of_video = distilled(video, slow_video, torch.cat([slow_text, old_text]), self.tau, alpha)
         of_text = distilled(text, slow_text, torch.cat([slow_video, old_video]), self.tau, alpha)
@@ -95,8 +91,8 @@ def test_it_trains_as_the_objective_written_out(fine):
         "fine_weight": fine,
         "fine_queue_size": 5,
     }
-    attached, written = two_towers()[0], Written(0.6, 0.4, 0.3, fine)
     align = method(momentum=0.6, vtc_weight=0.3, **(tokens if fine else {}))
+    attached, written = two_towers()[0], Written(0.6, 0.4, 0.3, align._random_rows(torch.zeros(1, 8)), fine)
     fit(attached, align, batches=batches(), max_epochs=2)
     fit(written, batches=batches(), max_epochs=2)
     for name, weight in attached.named_parameters():
@@ -126,7 +122,7 @@ def test_projections_are_trained_and_in_no_checkpoint_of_the_module():
 class TestQueue:
     def test_it_holds_the_latest(self):
         queue, pushed = Queue(5), []
-        for size in (2, 2, 3, 0, 7, 1):
+        for size in (2, 2, 3, 0, 5, 1):
             rows = torch.arange(len(pushed), len(pushed) + size)
             pushed += rows.tolist()
             queue.push(rows, rows.float()[:, None])
@@ -141,16 +137,45 @@ class TestQueue:
 
     def test_state(self):
         queue, other = Queue(3), Queue(3)
-        queue.push(torch.arange(4))
+        queue.push(torch.arange(2))
+        queue.push(torch.arange(2, 4))
         other.load_state_dict(queue.state_dict())
         queue.push(torch.arange(4, 6))
         assert other.rows(torch.zeros(0))[0].tolist() == [3, 1, 2]
+
+    def test_it_is_no_shorter_than_the_batch(self):
+        with pytest.raises(ValueError, match="at least as long as the batch of all ranks, 4, or 0, but it is 3"):
+            fit(two_towers()[0], method(queue_size=3), batches=batches())
 
     def test_rows_of_another_length(self):
         queue = Queue(3)
         queue.push(torch.zeros(2, 4, 3))
         with pytest.raises(ValueError, match=r"rows of shape \[4, 3\].* got \[5, 3\]; pad all batches"):
             queue.rows(torch.zeros(2, 5, 3))
+
+
+def start_on(rank):
+    torch.manual_seed(rank)
+    before = torch.get_rng_state()
+    rows = method(queue_size=50)._random_rows(torch.zeros(1, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+    return rows
+
+
+def test_the_queue_begins_with_unit_rows_the_same_on_all_ranks():
+    (video, text), other = on_ranks(start_on)
+    assert torch.equal(video, other[0])
+    assert torch.equal(text, other[1])
+    for rows in (video, text):
+        assert rows.shape == (50, 8)
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(50))
+        assert rows.mean().abs() < 0.1
+    assert (video * text).sum(1).abs().mean() < 0.5
+    align = method(queue_size=50)
+    fit(two_towers()[0], align, batches=batches(2), max_epochs=1)
+    for now, start in zip(align._pairs.rows(video, text), (video, text), strict=True):
+        assert torch.equal(now[8:], start[8:])
+        assert not (now[:8] == start[:8]).any()
 
 
 def queue_on(rank):
