@@ -58,7 +58,6 @@ from lightning_methods.modules.stillmix_scores import (
 )
 from lightning_methods.modules.twbert import (
     HierarchicalFrameSelector,
-    MomentumQueue,
     TrajectoryWordAttention,
     TrajectoryWordEncoder,
     TrajectoryWordLayer,
@@ -66,6 +65,10 @@ from lightning_methods.modules.twbert import (
 from lightning_methods.modules.twbert_dropin import (
     TimmTrajectoryWordAttention,
     TrajectoryWordSelfAttention,
+)
+from lightning_methods.modules.twbert_pairs import (
+    MomentumQueue,
+    VideoTextMatcher,
 )
 from lightning_methods.modules.umil import (
     ClusterHead,
@@ -121,6 +124,7 @@ __all__ = [
     "VideoAugmentation",
     "VideoMix",
     "VideoMixup",
+    "VideoTextMatcher",
     "load_frame_scores",
     "prompt_param_groups",
     "save_frame_scores",

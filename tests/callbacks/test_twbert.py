@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance.cases_twbert import FRAMES, PATCHES, WORDS, Fusion, TwoTowers, two_towers
+from conformance.cases_twbert import FRAMES, PATCHES, WORDS, Fusion, Matched, TwoTowers, two_towers
 from plain import fit
 from ranks import on_ranks
 from torch import nn
 
 from lightning_methods.attach import AddressError
 from lightning_methods.callbacks import AlignBeforeFuse, TrajectoryWordAlignment
-from lightning_methods.callbacks.twbert import Queue
+from lightning_methods.callbacks._twbert_parts import Queue
 from lightning_methods.functional import fine_grained_contrastive_loss, trajectory_word_attention
 
 INPUTS = ["batch.video", "batch.text"]
@@ -99,6 +99,101 @@ def test_it_trains_as_the_objective_written_out(fine):
         torch.testing.assert_close(weight, written.get_parameter(name), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(align.helpers()["trained"].temperature, written.tau, rtol=1e-4, atol=1e-5)
     assert written.tau.item() != pytest.approx(0.07, abs=1e-6)
+
+
+class TestMatching:
+    """`vtm`: a batch of two has only one choice of negatives; in a larger one they are like what they replace."""
+
+    settings = {  # noqa: RUF012
+        "video_tokens": "module.patch#-1",
+        "text_tokens": "module.word#-1",
+        "matcher": "module.matcher",
+    }
+
+    def test_it_trains_as_the_objective_written_out(self):
+        class WithMatching(Matched):
+            def training_step(self, batch, batch_idx):
+                loss = super().training_step(batch, batch_idx)
+                video, text = self.patch(batch["video"]), self.word(batch["text"])
+                logits = torch.cat([self.matcher(text, part) for part in (video, video.flip(0))])
+                logits = torch.cat([logits, self.matcher(text.flip(0), video)])
+                return loss + 0.4 * F.cross_entropy(logits, torch.tensor([1, 1, 0, 0, 0, 0]))
+
+        attached, written = two_towers(Matched)[0], two_towers(WithMatching)[0]
+        fit(attached, method(vtc_weight=0.0, vtm_weight=0.4, **self.settings), batches=batches(3, 2), max_epochs=2)
+        fit(written, batches=batches(3, 2), max_epochs=2)
+        for name, weight in attached.named_parameters():
+            torch.testing.assert_close(weight, written.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+    def test_negatives_are_like_the_pair(self):
+        seen = []
+
+        class Watched(Matched):
+            def on_train_start(self):
+                self.matcher.register_forward_hook(lambda _, inputs, output: seen.append(inputs))
+
+        align = method(temperature=0.001, momentum=0.0, vtc_weight=0.0, **self.settings)
+        module, (batch,) = two_towers(Watched)[0], batches(1, 5)
+        video, text, patches, words = (part.detach() for part in features(module, batch))
+        fit(module, align, batches=[batch], max_epochs=1)
+        similarity = (F.normalize(text, dim=1) @ F.normalize(video, dim=1).T).fill_diagonal_(-9)
+        own = torch.arange(5)
+        texts, videos = seen[1]  # the first are the module's own
+        torch.testing.assert_close(texts, words[torch.cat([own, own, similarity.argmax(0)])])
+        torch.testing.assert_close(videos, patches[torch.cat([own, similarity.argmax(1), own])])
+        assert not torch.equal(similarity.argmax(0), similarity.argmax(1))
+
+    def test_draws_leave_the_generator_and_differ_from_step_to_step(self):
+        seen = []
+
+        class Watched(Matched):
+            def on_train_start(self):
+                self.matcher.register_forward_hook(lambda _, inputs, output: seen.append(inputs[1]))
+
+        (batch,) = batches(1, 6)
+        align = method(temperature=0.5, vtc_weight=0.0, vtm_weight=1e-9, **self.settings)
+        fit(two_towers(Watched)[0], align, batches=[batch], max_epochs=6)
+        chosen = {tuple(videos[6:12].mean((1, 2)).tolist()) for videos in seen[1::2]}
+        assert len(chosen) > 1
+        before = torch.get_rng_state()
+        align._generator(torch.device("cpu"), 1)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_one_pair_has_no_negative(self):
+        align, plain = method(**self.settings, vtc_weight=0.0), two_towers(Matched)[0]
+        module = two_towers(Matched)[0]
+        with pytest.warns(UserWarning, match="a batch of one pair has no negative") as caught:
+            fit(module, align, batches=batches(3, 1))
+        assert sum("no negative" in str(warning.message) for warning in caught) == 1
+        fit(plain, batches=batches(3, 1))
+        for name, weight in module.named_parameters():
+            assert torch.equal(weight, plain.get_parameter(name))
+
+    @pytest.mark.parametrize(
+        ("settings", "error", "match"),
+        [
+            ({"matcher": "module.macher"}, AddressError, r"'module\.macher' matches no .* Did you mean"),
+            ({"matcher": "module.*"}, AddressError, r"`matcher` to be one submodule, but 'module\.\*' names 6"),
+            ({"matcher": "module.texts"}, ValueError, r"`matcher\(\.\.\.\)` must have shape \(3B, 2\) = \(12, 2\)"),
+            ({"video_tokens": "module.video"}, ValueError, r"features at 'module\.video' to be \(B, N, D\)"),
+        ],
+    )
+    def test_what_does_not_fit(self, settings, error, match):
+        class Texts(nn.Module):
+            def forward(self, text, video):
+                return text
+
+        class Other(Matched):
+            def __init__(self):
+                super().__init__()
+                self.texts = Texts()
+
+        with pytest.raises(error, match=match):
+            fit(two_towers(Other)[0], method(**{**self.settings, **settings}), batches=batches(1))
+
+    def test_without_tokens(self):
+        with pytest.raises(ValueError, match=r"`matcher` 'module\.matcher' needs `video_tokens` and"):
+            method(matcher="module.matcher", video_tokens="module.patch")
 
 
 def test_the_temperature_stays_in_its_range():
