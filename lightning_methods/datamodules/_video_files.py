@@ -107,7 +107,7 @@ class _Array(FrameSource):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._frames = np.load(path, mmap_mode="r")
+            self._frames = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise VideoError(f"{path}: cannot be read as a .npy file ({error})") from error
         shape, dtype = self._frames.shape, self._frames.dtype

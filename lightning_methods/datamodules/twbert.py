@@ -184,7 +184,7 @@ class VideoQADataModule(_VideoTextFiles):
 
     A batch is {"video", "question", "target", "answer_type"}: "target" is the answer's number, -1 for an answer that is
     not in the list (it counts as wrong whatever is predicted; in training such lines are left out), "answer_type" a
-    place in `answer_types`.
+    place in `answer_types`. `metrics.AnswerAccuracy` counts so.
 
     Args:
         root: Folder that holds `<dataset>/txt/{train,val,test}.jsonl`, with {"question", "answer", "video_id",
