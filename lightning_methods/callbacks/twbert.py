@@ -143,7 +143,9 @@ class AlignBeforeFuse(Method):
         vtm_weight: Weight of `vtm`, if there is a matcher. A batch of one pair has no negative and is left out.
         fine_weight: Weight of `fine`. It belongs to the paper's first version; the weight there is not known.
         temperature: τ at the start; it is learned, within [0.001, 0.5].
-        momentum: Share of the old average that each step keeps.
+        momentum: Share of the old average that an update of the teacher keeps.
+        ema_every: "batch" updates the teacher in every training step, as the authors do; "optimizer_step" once for each
+            step of the optimizer, which makes a difference where gradients are accumulated.
         alpha: Share of the teacher's prediction in the targets of `vtc`, reached linearly in the first epoch.
         queue_size: Earlier pairs of all ranks that `vtc` compares with, at first random directions; 0: the batch alone.
         fine_queue_size: Earlier pairs that `fine` compares with. How its queue begins is not known; here it is empty.
@@ -189,6 +191,7 @@ class AlignBeforeFuse(Method):
         fine_weight: float = 0.0,
         temperature: float = 0.07,
         momentum: float = 0.995,
+        ema_every: Literal["batch", "optimizer_step"] = "batch",
         alpha: float = 0.4,
         queue_size: int = 8192,
         fine_queue_size: int = 128,
@@ -202,6 +205,8 @@ class AlignBeforeFuse(Method):
             raise ValueError(f"Expected `widths` to be those of the video and the text features, but got {widths!r}.")
         _check_range("temperature", temperature, *_TEMPERATURES)
         _check_range("alpha", alpha, 0, 1)
+        if ema_every not in ("batch", "optimizer_step"):
+            raise ValueError(f"Expected `ema_every` to be 'batch' or 'optimizer_step', but got {ema_every!r}.")
         _check_range("queue_size", queue_size, 0)
         _check_range("fine_queue_size", fine_queue_size, 0)
         if fine_weight and (video_tokens is None or text_tokens is None or num_frames is None):
@@ -224,6 +229,7 @@ class AlignBeforeFuse(Method):
         self.widths, self.embed_dim = widths, embed_dim
         self.vtc_weight, self.vtm_weight, self.fine_weight = vtc_weight, vtm_weight, fine_weight
         self.temperature, self.alpha, self.momentum = temperature, alpha, momentum
+        self.ema_every = ema_every
         self.queue_size, self.fine_queue_size = queue_size, fine_queue_size
         # The teacher's values stand at the same places; kept as attributes, the engine records them.
         self._of_teacher = [replace(where, root="teacher") for where in self._features()]
@@ -231,6 +237,7 @@ class AlignBeforeFuse(Method):
         self._slow = copy.deepcopy(self._trained).requires_grad_(False)
         self._pairs, self._tokens = Queue(queue_size), Queue(fine_queue_size)
         self._steps = self._seed = 0
+        self._updated_at = -1  # the number of optimizer steps at the teacher's last update
         self._matcher_path = ""
         self._warned = False
 
@@ -240,8 +247,10 @@ class AlignBeforeFuse(Method):
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """The contrasts of this step's features; then the batch joins the queues."""
-        self.teacher.update(step.module)
-        follow(self._slow, self._trained, self.momentum)
+        if self.ema_every == "batch" or step.trainer.global_step != self._updated_at:
+            self._updated_at = step.trainer.global_step
+            self.teacher.update(step.module)
+            follow(self._slow, self._trained, self.momentum)
         tau = self._trained.temperature
         with torch.no_grad():
             tau.clamp_(*_TEMPERATURES)
@@ -269,7 +278,7 @@ class AlignBeforeFuse(Method):
             self._slow.to(trainer.strategy.root_device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher, the slow projections, the queues, the number of steps and the seed of the draws."""
+        """The teacher, the slow projections, the queues, the numbers of steps and the seed of the draws."""
         return {
             **super().state_dict(),
             "teacher": self.teacher.state_dict(),
@@ -278,6 +287,7 @@ class AlignBeforeFuse(Method):
             "tokens": self._tokens.state_dict(),
             "steps": self._steps,
             "seed": self._seed,
+            "updated_at": self._updated_at,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -288,6 +298,7 @@ class AlignBeforeFuse(Method):
         self._pairs.load_state_dict(state_dict["pairs"])
         self._tokens.load_state_dict(state_dict["tokens"])
         self._steps, self._seed = state_dict["steps"], state_dict["seed"]
+        self._updated_at = state_dict["updated_at"]
 
     def _of_pairs(self, step: Step, tau: Tensor, alpha: float) -> dict[str, Tensor]:
         video, text = self._trained(*self._read(step, (self.video, self.text), 2, "(B, E)"))

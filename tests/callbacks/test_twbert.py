@@ -197,6 +197,24 @@ class TestMatching:
             method(matcher="module.matcher", video_tokens="module.patch")
 
 
+@pytest.mark.parametrize(("every", "updates"), [("batch", 6), ("optimizer_step", 3)])
+def test_how_often_the_teacher_follows(every, updates):
+    """The module stands still, so the teacher comes nearer by `momentum` in each update."""
+
+    class Still(TwoTowers):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def on_train_start(self):
+            with torch.no_grad():
+                self.video.weight.zero_()
+
+    module, align = two_towers(Still)[0], method(momentum=0.5, ema_every=every, widths=[8, 8])
+    start = module.video.weight.detach().clone()
+    fit(module, align, batches=batches(6), max_epochs=1, limit_train_batches=6, accumulate_grad_batches=2)
+    torch.testing.assert_close(align.teacher.network.video.weight, start / 2**updates)
+
+
 def test_the_temperature_stays_in_its_range():
     align = method(temperature=0.5)
     module = two_towers()[0]
@@ -300,6 +318,7 @@ def test_the_queues_of_two_ranks_hold_the_same_pairs():
         ({"alpha": 1.5}, "`alpha`.*1.5"),
         ({"queue_size": -1}, "`queue_size`.*-1"),
         ({"fine_queue_size": -1}, "`fine_queue_size`.*-1"),
+        ({"ema_every": "epoch"}, "`ema_every`.*'epoch'"),
         ({"widths": [8]}, r"`widths`.*\[8\]"),
         ({"momentum": 2.0}, "`momentum`.*2.0"),
         ({"fine_weight": 1.0, "video_tokens": "module.patch"}, "`fine_weight` 1.0 needs `video_tokens`"),

@@ -119,7 +119,7 @@ CASES = {
         text_mask="batch.mask",
         matcher="module.matcher",
     ),
-    "AlignBeforeFuse-widths": lambda: align(widths=[8, 8], embed_dim=4, queue_size=0),
+    "AlignBeforeFuse-widths": lambda: align(widths=[8, 8], embed_dim=4, queue_size=0, ema_every="optimizer_step"),
 }
 
 YAML = {
