@@ -16,7 +16,7 @@ from lightning_methods.attach._lightning import LightningModule, Trainer, overri
 from lightning_methods.attach.address import Address, AnyAddress, Computed, describe, read_items
 from lightning_methods.attach.capture import resolve
 from lightning_methods.functional import ProRegTerms, proreg_terms
-from lightning_methods.functional._logits import check_choice, check_positive
+from lightning_methods.functional._logits import check_choice, check_positive, sum_to_one
 from lightning_methods.functional.proreg import Weighting, check_options, mean_over_kept
 from lightning_methods.modules import PromptTeacher
 from lightning_methods.modules.proreg import frozen_copy
@@ -207,7 +207,7 @@ class ProReg(Method):
             own = step.output["loss"] if isinstance(step.output, Mapping) else step.output
             cross_entropy = self._mean(terms.cross_entropy, target)
             both = torch.stack([own.detach().to(cross_entropy), cross_entropy])
-            self._suspects = {"logits": _sum_to_one(logits), "prompt": _sum_to_one(prompts), "losses": both}
+            self._suspects = {"logits": sum_to_one(logits), "prompt": sum_to_one(prompts), "losses": both}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Called between a step and its gradients: looks at the first step's values, the one time that it waits."""
@@ -399,11 +399,6 @@ class _Function(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         return self.function(inputs)
-
-
-def _sum_to_one(rows: Tensor) -> Tensor:
-    """Whether rows look like probabilities; the tolerance is that of bfloat16."""
-    return (rows >= 0).all() & ((rows.float().sum(1) - 1).abs() < 1e-2).all()
 
 
 def _load(network: nn.Module, saved: dict[str, Any]) -> None:
