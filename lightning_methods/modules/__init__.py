@@ -23,6 +23,11 @@ from lightning_methods.modules.acf_captioner import (
     ACFLayer,
     Captions,
 )
+from lightning_methods.modules.acf_self_critical import (
+    SelfCriticalLoss,
+    SelfCriticalTerms,
+    WritesCaptions,
+)
 from lightning_methods.modules.eqsim import (
     EqSimLoss,
 )
@@ -107,6 +112,8 @@ __all__ = [
     "ProRegLoss",
     "PromptClassifier",
     "PromptTeacher",
+    "SelfCriticalLoss",
+    "SelfCriticalTerms",
     "SingleFrameClassifier",
     "SnippetDivision",
     "SnippetHistory",
@@ -121,6 +128,7 @@ __all__ = [
     "VideoAugmentation",
     "VideoMix",
     "VideoMixup",
+    "WritesCaptions",
     "load_frame_scores",
     "prompt_param_groups",
     "save_frame_scores",
