@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_methods.attach import Method, Parts
 from lightning_methods.attach._lightning import LightningModule, Trainer, should_log
-from lightning_methods.attach.surgery import replaced_by
+from lightning_methods.attach.surgery import is_operated, replaced_by
 from lightning_methods.callbacks._attention import replaced_attention
 from lightning_methods.functional.acf_grid import GridLayout
-from lightning_methods.modules import AdaClusterAttention, ClusterState, TimmAdaClusterAttention
+from lightning_methods.modules import AdaClusterAttention, ClusterSource, ClusterState, TimmAdaClusterAttention
 from lightning_methods.modules.acf import ClusterKind, ClusterLayer, ClusterNorm
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class AdaClustFormer(Method):
@@ -42,6 +44,9 @@ class AdaClustFormer(Method):
         init_bias: At 6 attention begins nearly unchanged, for a pretrained model; None begins as the authors do, for
             one that is trained from scratch.
         normalize: Divide the products by their sums. Ours; the authors do not.
+        clusters_from: What clusters are made of. "input": the attention's own input, in a pre-norm block the normalised
+            one. Or addresses of modules whose input it is, one for each of `modules` in the same order: those of the
+            pre-norm blocks, such as `"module.encoder.layers.*"`, give the residual stream, as the authors have it.
         block_size: Rows of the attention that stand in memory at a time, for long sequences; None: all. Only where the
             module is called with `need_weights=False`.
         log: Whether to log.
@@ -50,12 +55,12 @@ class AdaClustFormer(Method):
     Raises:
         AddressError: If an address matches nothing.
         TypeError: If it matches something else, and in the first step if that attends to another sequence.
-        ValueError: If an argument is out of its range, or a sequence is not the prefix and the grid.
+        ValueError: If an argument is out of its range, `clusters_from` matches more modules or fewer, or a sequence is
+            not the prefix and the grid.
 
     Source:
-        Wang et al., "Adaptively Clustering Neighbor Elements for Image-Text Generation" (arXiv 2301.01955). That
-        clusters are made of the attention's own input (in a pre-norm block: the normalised one), `init_bias` and
-        `normalize` are ours; the authors cluster the residual stream.
+        Wang et al., "Adaptively Clustering Neighbor Elements for Image-Text Generation" (arXiv 2301.01955).
+        `clusters_from="input"`, `init_bias` and `normalize` are ours.
 
     Example:
         >>> AdaClustFormer("module.encoder.layers.*.self_attn", init_bias=None)
@@ -77,6 +82,7 @@ class AdaClustFormer(Method):
         monotone: bool = True,
         init_bias: float | None = 6.0,
         normalize: bool = False,
+        clusters_from: list[str] | str = "input",
         block_size: int | None = None,
         log: bool = True,
         name: str = "acf",
@@ -92,6 +98,7 @@ class AdaClustFormer(Method):
         self.kind, self.grid_size, self.prefix_tokens = kind, grid_size, prefix_tokens
         self.pool, self.layout, self.norm = pool, layout, norm
         self.monotone, self.init_bias, self.normalize, self.block_size = monotone, init_bias, normalize, block_size
+        self.clusters_from: Literal["input"] | Parts = "input" if clusters_from == "input" else Parts(clusters_from)
         ClusterLayer(4, **self._cluster_options())  # its own checks, where the callback is made
 
     def replacements(self, module: nn.Module) -> Mapping[str, nn.Module]:
@@ -108,6 +115,25 @@ class AdaClustFormer(Method):
                 layer.state, layer.layer = state, place
         return found
 
+    def apply(self, module: AnyModule) -> AnyModule:
+        """As every method's, and lets the new modules know what to cluster."""
+        if is_operated(module, self.name):
+            return module
+        pairs = self._sources(module)
+        super().apply(module)
+        for path, where in pairs.items():
+            source = module.get_submodule(path).clusters.source = ClusterSource(self.name)  # type: ignore[union-attr]
+            module.get_submodule(where).register_forward_pre_hook(source, with_kwargs=True)
+        return module
+
+    def undo(self, module: AnyModule) -> AnyModule:
+        """As every method's, and takes its hooks off."""
+        for part in module.modules():
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if isinstance(hook, ClusterSource) and hook.method == self.name:
+                    del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
+        return super().undo(module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -120,8 +146,21 @@ class AdaClustFormer(Method):
             if openness:
                 pl_module.log_dict(openness, on_step=True, on_epoch=False, batch_size=1)
         for layer in layers:
-            if layer.state is not None:
-                layer.state.clear()
+            for kept in (layer.state, layer.source):
+                if kept is not None:
+                    kept.clear()
+
+    def _sources(self, module: nn.Module) -> dict[str, str]:
+        """By the path of each attention, that of the module whose input it clusters."""
+        if self.clusters_from == "input":
+            return {}
+        attentions, sources = list(self.modules.find(module)), list(self.clusters_from.find(module))
+        if len(attentions) != len(sources):
+            raise ValueError(
+                f"Expected `clusters_from` to name one module for each of the {len(attentions)} that {self.modules!r} "
+                f"names, but {self.clusters_from!r} names {len(sources)}."
+            )
+        return dict(zip(attentions, sources, strict=True))
 
     def _cluster_options(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_methods.modules.acf import (
     AnnotatedLayerNorm,
     ClusterLayer,
+    ClusterSource,
     ClusterState,
     GridCluster,
     SpanCluster,
@@ -98,6 +99,7 @@ __all__ = [
     "Captions",
     "ClusterHead",
     "ClusterLayer",
+    "ClusterSource",
     "ClusterState",
     "DivisionFigures",
     "EqSimLoss",

@@ -205,6 +205,53 @@ class ClusterState:
         return {"_carried": {}}
 
 
+class ClusterSource:
+    """The last input of another module, which it is a forward pre-hook of (with keywords): what a layer clusters.
+
+    It stays until the next call, for layers that are computed once more in the backward pass. Copies and pickles are
+    empty.
+
+    Args:
+        method: Name of who has put it there.
+
+    Example:
+        >>> import torch
+        >>> source, block = ClusterSource("acf"), torch.nn.Linear(4, 4)
+        >>> hook = block.register_forward_pre_hook(source, with_kwargs=True)
+        >>> _ = block(torch.ones(1, 4))
+        >>> source.value
+        tensor([[1., 1., 1., 1.]])
+    """
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self._value: Tensor | None = None
+
+    def __call__(self, _part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before the other module."""
+        self._value = next(iter((*args, *kwargs.values())))
+
+    @property
+    def value(self) -> Tensor:
+        """What the module got.
+
+        Raises:
+            RuntimeError: If it was not called.
+        """
+        if self._value is None:
+            raise RuntimeError(
+                f"{self.method!r} clusters the input of another module, which was not called before the attention"
+            )
+        return self._value
+
+    def clear(self) -> None:
+        """Let go of it, and of the graph behind it."""
+        self._value = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"method": self.method, "_value": None}
+
+
 class ClusterLayer(nn.Module):
     """The clusters of one attention layer: of a sequence or grid behind prefix tokens, grown from the layer before.
 
@@ -221,6 +268,7 @@ class ClusterLayer(nn.Module):
     Attributes:
         state: Shared by the layers of a stack; None: this layer grows from nothing.
         layer: Place in the stack, from 0.
+        source: What is clustered in place of the attention's own input; None: that.
 
     Raises:
         ValueError: If the arguments do not fit each other.
@@ -256,6 +304,7 @@ class ClusterLayer(nn.Module):
         self.prefix_tokens = prefix_tokens
         self.state: ClusterState | None = None
         self.layer = 0
+        self.source: ClusterSource | None = None
 
     def forward(self, x: Tensor, state: ClusterState | None = None) -> Tensor:
         """The cluster matrix of a layer's input.
@@ -278,6 +327,10 @@ class ClusterLayer(nn.Module):
             state.store(self.layer, tuple(carried))
         prefix: Tensor = F.pad(matrix, (self.prefix_tokens, 0, self.prefix_tokens, 0), value=1.0)
         return prefix
+
+    def input(self, given: Tensor | None) -> Tensor | None:
+        """What is clustered: what the attention was given, or what the source has; None for the attention's input."""
+        return self.source.value if given is None and self.source is not None else given
 
     def scores(self, x: Tensor, state: ClusterState | None = None) -> list[SpanScores]:
         """For `span_cluster_attention`: the scores of this layer and of those that its clusters have grown from."""

@@ -149,7 +149,8 @@ class AdaClusterAttention(nn.Module):
             average_attn_weights: The mean of the heads' products (B, N, N) instead of all (B, H, N, N).
             is_causal: Attend to nothing behind; with `attn_mask` a hint that it says so, as in torch.
             state: Of a stack of layers, instead of `clusters.state`.
-            cluster_input: What is clustered, of the query's shape, such as the residual stream; None: the query.
+            cluster_input: What is clustered, of the query's shape, such as the residual stream; None: what
+                `clusters.source` has, or else the query.
 
         Raises:
             TypeError: If query, key and value are not one tensor.
@@ -157,9 +158,11 @@ class AdaClusterAttention(nn.Module):
         """
         if query is not key or key is not value:
             raise TypeError("`query`, `key` and `value` must be the same tensor: clusters are of one sequence")
+        cluster_input = self.clusters.input(cluster_input)
         if query.is_nested:
             dense, padding = padded(query)
-            out, _ = self._batch_first(dense, padding, False, None, False, is_causal, state, dense)
+            source = dense if cluster_input is None else padded(cluster_input)[0]
+            out, _ = self._batch_first(dense, padding, False, None, False, is_causal, state, source)
             return nested_again(out, padding), None
         x = query if self.batch_first else query.transpose(0, 1)
         check_shape("query", x, "B, N, D", (None, None, self.embed_dim))
@@ -273,7 +276,7 @@ class TimmAdaClusterAttention(nn.Module):
             attn_mask: True where attention is allowed, or added to the logits; broadcastable to (B, H, N, N).
             is_causal: Attend to nothing behind.
             state: Of a stack of layers, instead of `clusters.state`.
-            cluster_input: What is clustered, of the shape of `x`; None: x.
+            cluster_input: What is clustered, of the shape of `x`; None: what `clusters.source` has, or else x.
 
         Raises:
             ValueError: If shapes do not fit.
@@ -284,6 +287,9 @@ class TimmAdaClusterAttention(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         if is_causal:
             attn_mask = _causal(x)
+        cluster_input = self.clusters.input(cluster_input)
+        if cluster_input is not None:
+            check_shape("cluster_input", cluster_input, "B, N, D", x.shape)
         cluster = self.clusters(x if cluster_input is None else cluster_input, state)
         attended = cluster_attention(
             query,
