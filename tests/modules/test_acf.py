@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from no_sync import NoSync
 from timm.layers import Attention
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -423,6 +425,16 @@ BAD_CALLS = {
     "attn_mask": (ValueError, lambda: attend(X, X, X, attn_mask=X[0]), r"attn_mask.*\(5, 5\).*\(5, 8\)"),
     "no multihead": (TypeError, lambda: AdaClusterAttention.from_multihead(nn.Linear(2, 2)), "mha.*Linear"),
     "no timm": (TypeError, lambda: TimmAdaClusterAttention(nn.Linear(2, 2)), "attention.*timm"),
+    "timm with positions": (
+        TypeError,
+        lambda: TimmAdaClusterAttention(RelPosAttention(8, num_heads=2)),
+        "plain Attention, got RelPosAttention with shared_rel_pos",
+    ),
+    "timm with rotations": (
+        TypeError,
+        lambda: TimmAdaClusterAttention(EvaAttention(8, 2, norm_layer=nn.LayerNorm)),
+        "EvaAttention with .*rope",
+    ),
     "timm x": (ValueError, lambda: TimmAdaClusterAttention(Attention(8, num_heads=2))(X[0]), "`x`"),
 }
 
