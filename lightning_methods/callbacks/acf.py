@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -28,8 +28,8 @@ class AdaClustFormer(Method):
     in `functional.span_cluster_matrix`, `functional.grid_cluster_matrix` and `functional.cluster_attention`.
 
     The trained model needs the new modules: attach the callback again, or call `apply`, before loading a checkpoint;
-    `export` gives a model that needs neither. On steps that are logged, `acf/LAYER/open` is the mean probability that
-    an element continues a cluster.
+    `export` gives a model that needs neither. On steps that are logged, `acf/PATH/open` is the mean probability that an
+    element continues a cluster, and `acf/PATH/width` the mean row sum of C, how many elements one attends to at most.
 
     Args:
         modules: Addresses of self-attention modules, torch's `MultiheadAttention` or timm's `Attention`, such as
@@ -109,10 +109,10 @@ class AdaClustFormer(Method):
         found = {
             path: replaced_attention(path, part, multihead, timm) for path, part in self.modules.find(module).items()
         }
-        if self.monotone:
-            state = ClusterState()
-            for place, layer in enumerate(_layers(found.values())):
-                layer.state, layer.layer = state, place
+        state = ClusterState()
+        for place, part in enumerate(found.values()):
+            layer = _clusters(part)
+            layer.state, layer.layer = (state, place) if self.monotone else (ClusterState(), 0)
         return found
 
     def apply(self, module: AnyModule) -> AnyModule:
@@ -137,15 +137,15 @@ class AdaClustFormer(Method):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after each step: logs how open clusters are, and lets go of the step's graph."""
-        layers = list(_layers(part for part in pl_module.modules() if replaced_by(part) == self.name))
+        """Called after each step: logs how open and wide clusters are, and lets go of the step's graph."""
+        layers = {path: _clusters(part) for path, part in pl_module.named_modules() if replaced_by(part) == self.name}
         if self.log_terms and not trainer.barebones and should_log(trainer):
-            openness = {
-                f"{self.name}/{place}/open": value for place, layer in enumerate(layers) for value in _open(layer)
+            values = {
+                f"{self.name}/{path}/{key}": value for path, layer in layers.items() for key, value in _extent(layer)
             }
-            if openness:
-                pl_module.log_dict(openness, on_step=True, on_epoch=False, batch_size=1)
-        for layer in layers:
+            if values:
+                pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        for layer in layers.values():
             for kept in (layer.state, layer.source):
                 if kept is not None:
                     kept.clear()
@@ -174,22 +174,19 @@ class AdaClustFormer(Method):
         }
 
 
-def _layers(parts: Any) -> Iterator[ClusterLayer]:
-    for part in parts:
-        layer = part.clusters
-        assert isinstance(layer, ClusterLayer)  # noqa: S101
-        yield layer
+def _clusters(part: Any) -> ClusterLayer:
+    layer = part.clusters
+    assert isinstance(layer, ClusterLayer)  # noqa: S101
+    return layer
 
 
 @torch.no_grad()
-def _open(layer: ClusterLayer) -> Sequence[Tensor]:
-    """Mean probability that an element continues a cluster, if the layer has left it."""
-    carried = [] if layer.state is None else layer.state.before(layer.layer + 1) or []
-    gaps = [gap for gap in carried if isinstance(gap, Tensor)]
-    if not gaps:
-        return []
-    means = []
-    for gap in gaps:  # log(1 - M) above the diagonal; below it there is nothing
-        above = torch.ones_like(gap[0], dtype=torch.bool).triu(1)
-        means.append((-torch.expm1(gap) * above).sum() / (above.sum() * len(gap)).clamp_min(1))
-    return [torch.stack(means).mean()]
+def _extent(layer: ClusterLayer) -> Iterator[tuple[str, Tensor]]:
+    """How open clusters are and how wide, where the layer has just made the whole matrix."""
+    matrix = None if layer.state is None else layer.state.matrix(layer.layer)
+    if layer.state is None or matrix is None:
+        return
+    gaps = layer.state.before(layer.layer + 1)  # log(1 - M) above the diagonal; below it there is nothing
+    pairs = [gap.numel() // gap.shape[-1] * (gap.shape[-1] - 1) / 2 for gap in gaps]
+    yield "open", torch.stack([-torch.expm1(gap).triu(1).sum() for gap in gaps]).sum() / max(1, sum(pairs))
+    yield "width", matrix.sum(-1).mean()

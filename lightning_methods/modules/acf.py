@@ -186,23 +186,31 @@ class ClusterState:
 
     def __init__(self) -> None:
         self._carried: dict[int, Any] = {}
+        self._matrices: dict[int, Tensor] = {}
 
     def before(self, layer: int) -> Any:
         """What the layer before has left; None if there is none."""
         return self._carried.get(layer - 1)
 
-    def store(self, layer: int, carried: Any) -> None:
+    def matrix(self, layer: int) -> Tensor | None:
+        """What a layer's attention was multiplied by, without gradients, if it has made that as a whole."""
+        return self._matrices.get(layer)
+
+    def store(self, layer: int, carried: Any, matrix: Tensor | None = None) -> None:
         """Leave something for the next layer; the first one clears what an earlier forward pass left."""
         if layer == 0:
-            self._carried.clear()
+            self.clear()
         self._carried[layer] = carried
+        if matrix is not None:
+            self._matrices[layer] = matrix.detach()
 
     def clear(self) -> None:
         """Let go of everything, and of the graph behind it."""
         self._carried.clear()
+        self._matrices.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_carried": {}}
+        return {"_carried": {}, "_matrices": {}}
 
 
 class ClusterSource:
@@ -324,7 +332,7 @@ class ClusterLayer(nn.Module):
         before = () if state is None else state.before(self.layer) or ()
         matrix, *carried = self.cluster(x[:, self.prefix_tokens :], *before)
         if state is not None:
-            state.store(self.layer, tuple(carried))
+            state.store(self.layer, tuple(carried), matrix)
         prefix: Tensor = F.pad(matrix, (self.prefix_tokens, 0, self.prefix_tokens, 0), value=1.0)
         return prefix
 

@@ -119,17 +119,41 @@ def test_no_graph_outlives_its_step():
     assert values == [[], [False], [False]]
 
 
-def test_how_open_clusters_are_is_logged_per_layer(tmp_path):
+@pytest.mark.parametrize("monotone", [True, False])
+def test_openness_and_width_of_clusters_are_logged_per_layer(tmp_path, monotone):
     logger = CSVLogger(tmp_path, name="", version="")
-    fit(net(), AdaClustFormer("module.layers.*"), batches=[BATCH] * 4, logger=logger, log_every_n_steps=2)
+    callback = AdaClustFormer("module.layers.*", monotone=monotone)
+    fit(net(), callback, batches=[BATCH] * 4, logger=logger, log_every_n_steps=2)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
     header = rows[0].split(",")
-    places = [header.index(f"acf/{layer}/open") for layer in range(2)]
+    places = [header.index(f"acf/layers.{layer}/{what}") for what in ("open", "width") for layer in range(2)]
     logged = [[float(row.split(",")[place]) for place in places] for row in rows[1:] if row.split(",")[places[0]]]
     assert len(logged) == 2
-    first, second = logged[0]
+    first, second, narrow, wide = logged[0]
     assert first == pytest.approx(0.9975, abs=2e-3)
-    assert second > first  # 1 - (1 - M)² of two layers
+    assert (second > first) is monotone  # 1 - (1 - M)² of two layers
+    assert 8.8 < narrow < 9
+    assert (wide > narrow) is monotone
+
+
+def test_the_width_is_the_mean_row_sum_of_the_matrix():
+    logged = {}
+
+    class Watches(Tagger):
+        def log_dict(self, values, **_):
+            logged.update(values)
+
+    torch.manual_seed(0)
+    module, callback = Watches(timm=True), AdaClustFormer("module.layers.1", kind="grid", grid_size=[2, 4], init_bias=0)
+    x = BATCH[0][:, :8]
+    callback.apply(module).layers[1].clusters.cluster.linear.weight.data.normal_()
+    found = []
+    module.layers[1].clusters.cluster.register_forward_hook(lambda _, args, out: found.append(out))
+    fit(module, callback, batches=[(x, BATCH[1])], log_every_n_steps=1)
+    matrix, row, _ = found[0]
+    assert logged["acf/layers.1/width"].item() == pytest.approx(matrix.sum(2).mean().item())
+    # One row of two squares: columns have no pairs.
+    assert logged["acf/layers.1/open"].item() == pytest.approx(1 - row[:, 0, 0, 1].exp().mean().item())
 
 
 def test_log_false_logs_nothing(tmp_path):
