@@ -360,9 +360,11 @@ class ACFCaptioner(nn.Module):
 
 def _xavier(module: nn.Module) -> None:
     """For all matrices, as the authors start; one-dimensional parameters keep their default."""
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
-            nn.init.xavier_uniform_(parameter)
+            # The maps to queries, keys and values are matrices of their own.
+            for matrix in parameter.chunk(3) if name.endswith("in_proj_weight") else [parameter]:
+                nn.init.xavier_uniform_(matrix)
 
 
 def _positions(length: int, width: int, like: Tensor) -> Tensor:
