@@ -11,6 +11,11 @@ _TIMM_PARTS = {"qkv", "q_norm", "k_norm", "proj", "attn_drop", "proj_drop", "nor
 _TIMM_INPUTS = {"x", "attn_mask", "is_causal"}
 
 
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    if num_heads < 1 or embed_dim % num_heads:
+        raise ValueError(f"`num_heads` must divide embed_dim {embed_dim}, got {num_heads}")
+
+
 def check_multihead(mha: nn.Module) -> nn.MultiheadAttention:
     """A self-attention whose projections stand in `in_proj_weight`, without keys of its own."""
     if not isinstance(mha, nn.MultiheadAttention):

@@ -11,7 +11,7 @@ from lightning_methods.functional._logits import check_range
 from lightning_methods.functional._shapes import check_shape
 from lightning_methods.functional.acf import apply_weights, cluster_weights
 from lightning_methods.functional.acf_grid import GridLayout
-from lightning_methods.modules._attention import check_multihead, check_timm, nested_again, padded
+from lightning_methods.modules._attention import check_heads, check_multihead, check_timm, nested_again, padded
 from lightning_methods.modules.acf import ClusterKind, ClusterLayer, ClusterNorm, ClusterState
 
 
@@ -30,7 +30,7 @@ class AdaClusterAttention(nn.Module):
         dropout: On the products of weights and clusters, in training.
         bias: Whether the projections have biases.
         normalize: Divide the rows by their sums (ours; the authors do not).
-        batch_first: (B, N, D) if True, else (N, B, D).
+        batch_first: (B, N, D) if True, else (N, B, D), which is torch's default.
         pool: As in `GridCluster`.
         layout: As in `GridCluster`.
         norm: As in `SpanCluster`.
@@ -71,8 +71,7 @@ class AdaClusterAttention(nn.Module):
         block_size: int | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"`num_heads` must divide embed_dim {embed_dim}, got {num_heads}")
+        check_heads(embed_dim, num_heads)
         check_range("dropout", dropout, 0, 1)
         self.embed_dim = embed_dim
         self.num_heads = num_heads

@@ -86,7 +86,7 @@ def test_given_frequencies_and_tokens():
 
 def test_ids_are_tokens():
     metric = CiderD()
-    metric.update([[1, 2, 9], [3, 9]], [[[1, 2, 9]], [[3, 4, 9]]])
+    metric.update([torch.tensor([1, 2, 9]), [3, 9]], [torch.tensor([[1, 2, 9]]), [[3, 4, 9]]])
     assert metric.compute().item() == pytest.approx(
         cider_d([[1, 2, 9], [3, 9]], [[[1, 2, 9]], [[3, 4, 9]]]).score.item(), rel=1e-6
     )

@@ -208,6 +208,7 @@ BAD_CALLS = {
     "end": (lambda: captioner(end_id=6), r"end_id.*\[0, 5\].*6"),
     "mask": (lambda: captioner(mask_id=-1), "mask_id.*-1"),
     "length": (lambda: captioner(max_length=0), "max_length.*0"),
+    "heads": (lambda: captioner(num_heads=3), "`num_heads` must divide embed_dim 8, got 3"),
     "beam": (lambda: captioner().beam_search(features(), 0), "beam_size.*0"),
     "samples": (lambda: captioner().sample(features(), 0), "num_samples.*0"),
     "features": (lambda: captioner().greedy(features()[:, :5]), "grid of 2 x 4.*5 tokens"),
