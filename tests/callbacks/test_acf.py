@@ -122,8 +122,8 @@ def test_no_graph_outlives_its_step():
 @pytest.mark.parametrize("monotone", [True, False])
 def test_openness_and_width_of_clusters_are_logged_per_layer(tmp_path, monotone):
     logger = CSVLogger(tmp_path, name="", version="")
-    callback = AdaClustFormer("module.layers.*", monotone=monotone)
-    fit(net(), callback, batches=[BATCH] * 4, logger=logger, log_every_n_steps=2)
+    module, callback = net(), AdaClustFormer("module.layers.*", monotone=monotone)
+    fit(module, callback, batches=[BATCH] * 4, logger=logger, log_every_n_steps=2)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
     header = rows[0].split(",")
     places = [header.index(f"acf/layers.{layer}/{what}") for what in ("open", "width") for layer in range(2)]
@@ -134,6 +134,7 @@ def test_openness_and_width_of_clusters_are_logged_per_layer(tmp_path, monotone)
     assert (second > first) is monotone  # 1 - (1 - M)² of two layers
     assert 8.8 < narrow < 9
     assert (wide > narrow) is monotone
+    assert (module.layers[0].clusters.state is module.layers[1].clusters.state) is monotone
 
 
 def test_the_width_is_the_mean_row_sum_of_the_matrix():
@@ -269,9 +270,14 @@ class TestResidualStream:
         module = callback.apply(callback.apply(PreNorm()))
         module.layers[0].register_forward_pre_hook(lambda _, args: None)
         assert [len(layer._forward_pre_hooks) for layer in module.layers] == [2, 1]
+        other = AdaClustFormer("module.layers.1.self_attn", clusters_from="module.layers.1", name="other").apply(
+            PreNorm()
+        )
+        callback.undo(other)
         callback.undo(module)
         assert [len(layer._forward_pre_hooks) for layer in module.layers] == [1, 0]
         assert not module.layers[0]._forward_pre_hooks_with_kwargs
+        assert len(other.layers[1]._forward_pre_hooks) == 1
         assert type(module.layers[0].self_attn) is nn.MultiheadAttention
 
     def test_no_graph_outlives_its_step(self):
