@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lightning_methods.cli import main
-from lightning_methods.commands import _score_parts
+from lightning_methods.commands import _progress, _score_parts
 from lightning_methods.datamodules import SyntheticEqBen
 from lightning_methods.datamodules._text_image import read_image
 
@@ -427,7 +427,7 @@ def test_without_transformers(world, monkeypatch, tmp_path, capsys):
 
 
 def test_without_rich(world, user, monkeypatch, tmp_path):
-    monkeypatch.setattr(_score_parts, "find_spec", lambda name: None)
+    monkeypatch.setattr(_progress, "find_spec", lambda name: None)
     annotation = world / "eqben/annotation/eqbensd.json"
     assert run("my_model:scores", world / "eqben/images", annotation, tmp_path / "out") == 0
 
