@@ -35,6 +35,9 @@ class DocumentFrequency(NamedTuple):
     counts: Mapping[NGram, int]
     num_images: int
 
+    def __deepcopy__(self, _memo: object) -> "DocumentFrequency":
+        return self  # copies of modules and metrics share the table, which has millions of entries
+
 
 class CiderResult(NamedTuple):
     """Mean over the items, and the items' own scores (items,); float64, and papers print 100 times these."""
@@ -127,9 +130,12 @@ def cider_d(
     if table.num_images < 1:
         raise ValueError(f"`document_frequency` must be of at least one image, got {table.num_images}")
     scores = []
+    last: Sequence[Text] | None = None
     for candidate, texts in zip(candidates, references, strict=True):
         own = _Weighted(_tokens(candidate), table, n)
-        similarities = [own.similarity(_Weighted(_tokens(text), table, n), sigma) for text in texts]
+        if texts is not last:  # several candidates of an image may share its references
+            last, weighted = texts, [_Weighted(_tokens(text), table, n) for text in texts]
+        similarities = [own.similarity(other, sigma) for other in weighted]
         scores.append(10 * math.fsum(similarities) / (n * len(texts)))
     per_item = torch.tensor(scores, dtype=torch.float64)
     return CiderResult(per_item.mean(), per_item)

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 from collections import Counter
 
 import pytest
@@ -82,6 +84,17 @@ class TestCider:
         same = cider_d(["a c", "d", "a d"], corpus, document_frequency=table)
         assert same.per_item.tolist() == cider_d(["a c", "d", "a d"], corpus).per_item.tolist()
         assert same.per_item.tolist() == pytest.approx(plain_cider([["a", "c"], ["d"], ["a", "d"]], texts))
+
+    def test_copies_share_the_table(self):
+        table = document_frequency([["a b"], ["a"]])
+        assert copy.deepcopy(table) is table
+        assert pickle.loads(pickle.dumps(table)) == table
+
+    def test_candidates_may_share_references(self):
+        first, second = ["a b", "a"], ["c d"]
+        shared = cider_d(["a b", "b", "c", "a"], [first, first, second, first])
+        apart = cider_d(["a b", "b", "c", "a"], [list(texts) for texts in (first, first, second, first)])
+        assert shared.per_item.tolist() == apart.per_item.tolist()
 
     def test_one_image_scores_nothing(self):
         assert cider_d(["a b"], [["a b"]]).score == 0
