@@ -64,7 +64,6 @@ from lightning_methods.modules.stillmix_scores import (
 )
 from lightning_methods.modules.twbert import (
     HierarchicalFrameSelector,
-    MomentumQueue,
     TrajectoryWordAttention,
     TrajectoryWordEncoder,
     TrajectoryWordLayer,
@@ -72,6 +71,10 @@ from lightning_methods.modules.twbert import (
 from lightning_methods.modules.twbert_dropin import (
     TimmTrajectoryWordAttention,
     TrajectoryWordSelfAttention,
+)
+from lightning_methods.modules.twbert_pairs import (
+    MomentumQueue,
+    VideoTextMatcher,
 )
 from lightning_methods.modules.umil import (
     ClusterHead,
@@ -130,6 +133,7 @@ __all__ = [
     "VideoAugmentation",
     "VideoMix",
     "VideoMixup",
+    "VideoTextMatcher",
     "WritesCaptions",
     "load_frame_scores",
     "prompt_param_groups",
