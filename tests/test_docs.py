@@ -21,7 +21,7 @@ PYTHON = {
     "README.md": 2,
     "docs/guide.md": 10,
     "docs/index.md": 3,
-    "docs/methods/acf.md": 5,
+    "docs/methods/acf.md": 6,
     "docs/methods/eqsim.md": 4,
     "docs/methods/ikl.md": 4,
     "docs/methods/stillmix.md": 5,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_methods.modules.acf import (
     AnnotatedLayerNorm,
     ClusterLayer,
+    ClusterSource,
     ClusterState,
     GridCluster,
     SpanCluster,
@@ -22,6 +23,11 @@ from lightning_methods.modules.acf_captioner import (
     ACFEncoder,
     ACFLayer,
     Captions,
+)
+from lightning_methods.modules.acf_self_critical import (
+    SelfCriticalLoss,
+    SelfCriticalTerms,
+    WritesCaptions,
 )
 from lightning_methods.modules.eqsim import (
     EqSimLoss,
@@ -96,6 +102,7 @@ __all__ = [
     "Captions",
     "ClusterHead",
     "ClusterLayer",
+    "ClusterSource",
     "ClusterState",
     "DivisionFigures",
     "EqSimLoss",
@@ -110,6 +117,8 @@ __all__ = [
     "ProRegLoss",
     "PromptClassifier",
     "PromptTeacher",
+    "SelfCriticalLoss",
+    "SelfCriticalTerms",
     "SingleFrameClassifier",
     "SnippetDivision",
     "SnippetHistory",
@@ -125,6 +134,7 @@ __all__ = [
     "VideoMix",
     "VideoMixup",
     "VideoTextMatcher",
+    "WritesCaptions",
     "load_frame_scores",
     "prompt_param_groups",
     "save_frame_scores",
