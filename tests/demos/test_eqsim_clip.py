@@ -57,7 +57,7 @@ class TestArms:
         imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
         assert {name for name in imported if name.startswith("lightning_methods")} == {"lightning_methods.metrics"}
 
-    def test_arms_differ_in_callbacks_only(self):
+    def test_arms_differ_in_callbacks_and_learning_rate_only(self):
         arms = eqsim_clip._ARMS
         assert {name: len(arm.callbacks()) for name, arm in arms.items()} == {
             "before": 0,
@@ -65,8 +65,8 @@ class TestArms:
             "soft": 0,
             "eqsim": 1,
         }
-        assert arms["eqsim"].model == arms["plain"].model == arms["before"].model
-        assert arms["soft"].model.keys() - arms["plain"].model.keys() == {"scale"}  # a baseline of its own
+        changed = {name: dict(arm.model.items() - arms["plain"].model.items()) for name, arm in arms.items()}
+        assert changed == {"before": {}, "plain": {}, "soft": {"lr": 1e-3, "scale": 5.0}, "eqsim": {"lr": 1e-3}}
         assert [name for name, arm in arms.items() if not arm.trains] == ["before"]
 
     def test_settings_hold_all_that_decides_the_figures(self):
