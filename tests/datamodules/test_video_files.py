@@ -1,4 +1,5 @@
 import random
+import tracemalloc
 import zipfile
 
 import av
@@ -241,8 +242,22 @@ def test_a_frame_that_the_decoder_gives_up_on_is_an_error(videos, monkeypatch):
 
 def test_a_seek_that_goes_too_far_is_made_good(videos):
     with open_video(videos / "intra.mp4") as video:
-        video._key_times = [time + 10 * 512 for time in video._key_times]
+        video._keys = video._keys + 10
         assert numbers(video.read([20])) == [20]
+
+
+def test_a_long_video_takes_few_bytes_a_frame(tmp_path):
+    count = 3000
+    write_video(tmp_path / "long.mkv", (torch.zeros(3, 8, 8, dtype=torch.uint8) for _ in range(count)))
+    tracemalloc.start()
+    try:
+        with open_video(tmp_path / "long.mkv") as video:
+            kept, most = tracemalloc.get_traced_memory()
+            assert video.num_frames == count
+    finally:
+        tracemalloc.stop()
+    assert kept < 40 * count
+    assert most < 80 * count
 
 
 def test_wrong_options(tmp_path):
