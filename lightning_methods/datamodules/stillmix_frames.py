@@ -36,8 +36,8 @@ class VideoFrameReader:
         source: The list on which the keys were made, and where its videos are.
 
     Raises:
-        KeyError: When called, if the list has no video of a key's name, or the video no such frame.
-        VideoError: When called, if the frame cannot be decoded.
+        VideoError: When called, if the list has no video of a key's name, the video has no such frame, or it cannot be
+            decoded.
     """
 
     source: VideoSource
@@ -50,14 +50,18 @@ class VideoFrameReader:
         if not slash:
             video, _, name = key.rpartition("/")
         if video not in self._labels:
-            raise KeyError(f"{self.source.list_file} has no video {video!r}, of which {key!r} should be a frame")
+            raise VideoError(
+                f"{self.source.list_file} has no video {video!r}, of which {key!r} should be a frame: "
+                f"are the scores those of another data set?"
+            )
         opened = self._opened(video)
-        if slash:
+        if slash and number.isdecimal():
             index = int(number)
         else:
             names = opened.names or ()
             if name not in names:
-                raise KeyError(f"{opened.path} has no frame {name!r}, only {', '.join(names[:3]) or 'numbers'} ...")
+                found = ", ".join(names[:3]) or "numbers"
+                raise VideoError(f"{opened.path} has no frame {name or number!r}, only {found} ...")
             index = names.index(name)
         return opened.read([index])[0], self._labels[video]
 
