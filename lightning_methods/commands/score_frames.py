@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
@@ -58,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _sentence(error: Exception) -> str:
+    """What is wrong; a process that decodes puts its traceback before."""
+    text = str(error)
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip() if text.startswith("Caught ") else text
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=_PROG,
@@ -66,7 +72,7 @@ def _parser() -> ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--list", required=True, type=Path, metavar="FILE", help="training videos: `folder num_frames label` or ...")
+    add("--list", required=True, type=Path, metavar="FILE", help="lines `folder num_frames label` or `path label`")
     add("--root", required=True, type=Path, metavar="DIR", help="the folder that names in the list are relative to")
     add("--out", required=True, type=Path, metavar="FILE", help="the score file, .npz; FILE.work is kept beside it")
     add("--resume", action="store_true", help="go on with what a stopped call left in FILE.work")

@@ -92,6 +92,9 @@ def _run(options: Namespace) -> None:
     intervals = {} if options.annotation is None else _intervals(options.annotation)
     score = load_scorer(options.model, options.checkpoint, options.device)
     claim_folder(options.out, _settings(options), resume=options.resume)
+    for name in names:
+        if options.annotation is not None and name not in intervals:
+            print(f"{name} is not in {options.annotation}: its plot has no anomalies", file=sys.stderr)
     draws = find_spec("matplotlib") is not None
     for path, name in zip(options.videos, names, strict=True):
         table, plot = options.out / f"{name}.csv", options.out / f"{name}.png"
@@ -114,6 +117,9 @@ def _names(options: Namespace) -> list[str]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise _InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    absent = next((path for path in options.videos if not path.exists()), None)
+    if absent is not None:  # told before the folder of results is made
+        raise _InputError(f"{absent}: there is no such file or folder")
     names = [path.resolve().name for path in options.videos]
     again = next((name for name in names if names.count(name) > 1), None)
     if again is not None:

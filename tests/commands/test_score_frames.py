@@ -175,6 +175,18 @@ def test_errors_are_a_sentence(videos, tmp_path, more, message, capsys):
     assert not list(tmp_path.iterdir()), "a folder of results is for options that work"
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_damaged_video_is_named_without_a_traceback(videos, tmp_path, workers, capsys):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "cut.mp4").write_bytes(b"no video")
+    (tmp_path / "list.txt").write_text("cut.mp4 0\n")
+    given = ("--list", str(tmp_path / "list.txt"), "--root", str(tmp_path / "videos"), "--workers", workers)
+    assert call(videos, tmp_path / "scores.npz", *given) == 1
+    error = capsys.readouterr().err.partition("error: ")[2]
+    assert error.startswith(f"{tmp_path / 'videos' / 'cut.mp4'}: cannot be decoded")
+    assert error.count("\n") == 1
+
+
 def test_it_is_a_command_of_the_package(capsys):
     with pytest.raises(SystemExit) as stop:
         cli(["score-frames", "--help"])
