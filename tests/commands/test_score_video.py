@@ -243,6 +243,12 @@ def test_plot_without_annotation(user, video, tmp_path, capsys):
     assert f"{NAME} is not in annotation.txt: its plot has no anomalies" in capsys.readouterr().err
 
 
+def test_an_annotation_of_another_number_of_frames_is_refused(user, video, tmp_path, capsys):
+    (tmp_path / "annotation.txt").write_text(f"Abuse/{NAME} 150 1 30 60 100 130\n")
+    assert run(video, annotation="annotation.txt") == 1
+    assert f"{NAME} has {FRAMES} frames, but annotation.txt says 150" in capsys.readouterr().err
+
+
 def test_without_matplotlib_there_is_the_table(user, video, monkeypatch, capsys):
     monkeypatch.setattr(score_video, "find_spec", lambda name: None)
     assert run(video) == 0
