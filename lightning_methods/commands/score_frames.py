@@ -16,6 +16,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lightning_methods._files import claim_folder, replace_file
 from lightning_methods.commands._progress import progress
 from lightning_methods.datamodules import VideoSource
+from lightning_methods.datamodules._scuba_folder import digest
 from lightning_methods.datamodules._video_files import VideoKind
 from lightning_methods.datamodules.stillmix_frames import AllFrames, RandomFrames, frame_batches, random_frame_loader
 from lightning_methods.functional._seeds import seeded
@@ -183,7 +184,9 @@ def _score(network: SingleFrameClassifier, frames: AllFrames, work: Path, option
     with progress("videos", 0, len(frames)) as advance:
         for start in range(0, len(frames), options.videos_per_part):
             videos = range(start, min(start + options.videos_per_part, len(frames)))
-            file = work / f"scores-{videos.start:08}-{videos.stop:08}.npz"
+            # Named after its lines, for a list may be mended before a stopped call goes on.
+            lines = digest(*(repr(frames.videos.entries[video]) for video in videos))
+            file = work / f"scores-{videos.start:08}-{lines}.npz"
             if not file.exists():
                 batches = frame_batches(frames, videos, batch_size=options.batch_size, num_workers=options.workers)
                 autocast = _AUTOCAST[options.precision]

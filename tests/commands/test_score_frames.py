@@ -103,8 +103,9 @@ def test_a_stopped_call_goes_on_and_ends_like_the_unbroken_one(videos, unbroken,
     assert call(videos, out) == 130
     assert "To go on: lightning-methods score-frames --list" in capsys.readouterr().err
     assert not out.exists()
-    kept = {path.name for path in out.with_name("scores.npz.work").iterdir()}
-    assert kept == ({"settings.json", "training.ckpt"} if stop == "training" else {"settings.json", "network.pt", PART})
+    kept = {path.name[:15] for path in out.with_name("scores.npz.work").iterdir()}
+    of_stop = {"training": {"training.ckpt"}, "scoring": {"network.pt", "scores-00000000"}}
+    assert kept == {"settings.json"} | of_stop[stop]
     monkeypatch.undo()
 
     done = []
@@ -115,7 +116,6 @@ def test_a_stopped_call_goes_on_and_ends_like_the_unbroken_one(videos, unbroken,
     assert same_scores(out, unbroken)
 
 
-PART = "scores-00000000-00000002.npz"
 score_frames, train = command.score_frames, command._train
 
 
@@ -126,6 +126,19 @@ def stopping(hook):
         return hook(self, trainer, pl_module)
 
     return stopped
+
+
+def test_a_list_that_was_mended_is_scored_where_it_changed(videos, tmp_path, monkeypatch):
+    out, lines = tmp_path / "scores.npz", (videos / "train.txt").read_text().splitlines()
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert call(videos, out, "--list", str(tmp_path / "list.txt")) == 0
+    (tmp_path / "list.txt").write_text("\n".join([*lines[:3], *lines[4:]]))
+    done = []
+    monkeypatch.setattr(command, "score_frames", lambda *a, **k: done.append(1) or score_frames(*a, **k))
+    assert call(videos, out, "--list", str(tmp_path / "list.txt"), "--resume") == 0
+    assert len(done) == 2, "the first part is as it was"
+    found = {key.partition("/")[0] for key in load_frame_scores(out).keys}
+    assert found == {"v0", "v1", "v2", "v4", "v5"}
 
 
 def test_another_seed_gives_other_scores(videos, unbroken, tmp_path):
