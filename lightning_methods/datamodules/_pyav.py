@@ -37,6 +37,7 @@ class VideoFile(FrameSource):
         try:
             if not self._container.streams.video:
                 raise VideoError(f"{path}: has no video stream")
+            self._check_end()
             self._times, self._keys = self._index()
             self.num_frames = len(self._times) or sum(1 for _ in self._from_start())
             if not self.num_frames:
@@ -51,6 +52,15 @@ class VideoFile(FrameSource):
 
     def close(self) -> None:
         self._container.close()
+
+    def _check_end(self) -> None:
+        """Refuses the first part of an MP4 file that begins with its index: it would pass for a shorter video."""
+        entries = getattr(self._container.streams.video[0], "index_entries", ())  # not in old releases of PyAV
+        if len(entries):
+            last = entries[len(entries) - 1]
+            size = self.path.stat().st_size
+            if last.pos + last.size > size:
+                raise VideoError(f"{self.path}: is cut off, it has {size} bytes of at least {last.pos + last.size}")
 
     def _index(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Of each frame the time at which it is shown, and the number of its key frame.

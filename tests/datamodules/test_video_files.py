@@ -24,8 +24,8 @@ def numbers(frames):
     return (columns * 2 ** torch.arange(6)).sum(-1).tolist()
 
 
-def encode(path, codec="libx264", **options):
-    with av.open(str(path), "w") as container:
+def encode(path, codec="libx264", movflags="", **options):
+    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = 48, 24, "yuv420p"
         for number in range(COUNT):
@@ -212,6 +212,15 @@ def test_errors_name_the_file_and_the_reason(tmp_path, videos):
             video.read([0])
         assert str(path.parent) in str(error.value)
         assert path.name in str(error.value)
+
+
+def test_the_first_part_of_a_video_is_no_shorter_video(tmp_path):
+    path = encode(tmp_path / "cut.mp4", movflags="faststart", **x264(keyint=1))
+    with av.open(str(path)) as container:
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+    path.write_bytes(path.read_bytes()[: ends[19]])  # twenty whole frames
+    with pytest.raises(VideoError, match=rf"cut\.mp4: is cut off, it has {ends[19]} bytes of at least {max(ends)}"):
+        open_video(path)
 
 
 def test_errors_of_frames_name_them(tmp_path, videos):
