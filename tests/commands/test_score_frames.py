@@ -1,5 +1,6 @@
 """`lightning-methods score-frames` on tiny videos: what it writes, and that a stopped call goes on as if it had not."""
 
+import shutil
 import warnings
 
 import pytest
@@ -198,6 +199,20 @@ def test_a_damaged_video_is_named_without_a_traceback(videos, tmp_path, workers,
     error = capsys.readouterr().err.partition("error: ")[2]
     assert error.startswith(f"{tmp_path / 'videos' / 'cut.mp4'}: cannot be decoded")
     assert error.count("\n") == 1
+
+
+def test_videos_that_cannot_be_read_are_skipped_and_counted(videos, unbroken, tmp_path, capsys):
+    lines = (videos / "train.txt").read_text()
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    for name in ("v0", "v1"):  # a whole part
+        (folder / name / "img_00002.png").write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text(f"{lines}v9 3 1\n")
+    given = ("--list", str(tmp_path / "list.txt"), "--root", str(folder), "--skip-errors")
+    assert call(videos, tmp_path / "scores.npz", *given) == 0
+    assert "3 of 7 videos could not be read; first: v0" in capsys.readouterr().err
+    expected = [key for key in load_frame_scores(unbroken).keys if key[:2] not in ("v0", "v1")]
+    assert list(load_frame_scores(tmp_path / "scores.npz").keys) == expected
 
 
 def test_it_is_a_command_of_the_package(capsys):
