@@ -178,6 +178,7 @@ METHODS: tuple[MethodInfo, ...] = (
             "fine_grained_contrastive_loss",
             "video_text_matching_loss",
             "sample_hard_negatives",
+            "hard_negative_matching_loss",
             "perturbed_topk",
             "select_frames",
             "mask_tokens",

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_methods.attach import Method, Parts
 from lightning_methods.attach._lightning import LightningModule, Trainer, should_log
-from lightning_methods.attach.surgery import replaced_by
+from lightning_methods.attach.surgery import is_operated, replaced_by
 from lightning_methods.callbacks._attention import replaced_attention
 from lightning_methods.functional.acf_grid import GridLayout
-from lightning_methods.modules import AdaClusterAttention, ClusterState, TimmAdaClusterAttention
+from lightning_methods.modules import AdaClusterAttention, ClusterSource, ClusterState, TimmAdaClusterAttention
 from lightning_methods.modules.acf import ClusterKind, ClusterLayer, ClusterNorm
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class AdaClustFormer(Method):
@@ -26,8 +28,8 @@ class AdaClustFormer(Method):
     in `functional.span_cluster_matrix`, `functional.grid_cluster_matrix` and `functional.cluster_attention`.
 
     The trained model needs the new modules: attach the callback again, or call `apply`, before loading a checkpoint;
-    `export` gives a model that needs neither. On steps that are logged, `acf/LAYER/open` is the mean probability that
-    an element continues a cluster.
+    `export` gives a model that needs neither. On steps that are logged, `acf/PATH/open` is the mean probability that an
+    element continues a cluster, and `acf/PATH/width` the mean row sum of C, how many elements one attends to at most.
 
     Args:
         modules: Addresses of self-attention modules, torch's `MultiheadAttention` or timm's `Attention`, such as
@@ -42,6 +44,9 @@ class AdaClustFormer(Method):
         init_bias: At 6 attention begins nearly unchanged, for a pretrained model; None begins as the authors do, for
             one that is trained from scratch.
         normalize: Divide the products by their sums. Ours; the authors do not.
+        clusters_from: What clusters are made of. "input": the attention's own input, in a pre-norm block the normalised
+            one. Or addresses of modules whose input it is, one for each of `modules` in the same order: those of the
+            pre-norm blocks, such as `"module.encoder.layers.*"`, give the residual stream, as the authors have it.
         block_size: Rows of the attention that stand in memory at a time, for long sequences; None: all. Only where the
             module is called with `need_weights=False`.
         log: Whether to log.
@@ -50,12 +55,12 @@ class AdaClustFormer(Method):
     Raises:
         AddressError: If an address matches nothing.
         TypeError: If it matches something else, and in the first step if that attends to another sequence.
-        ValueError: If an argument is out of its range, or a sequence is not the prefix and the grid.
+        ValueError: If an argument is out of its range, `clusters_from` matches more modules or fewer, or a sequence is
+            not the prefix and the grid.
 
     Source:
-        Wang et al., "Adaptively Clustering Neighbor Elements for Image-Text Generation" (arXiv 2301.01955). That
-        clusters are made of the attention's own input (in a pre-norm block: the normalised one), `init_bias` and
-        `normalize` are ours; the authors cluster the residual stream.
+        Wang et al., "Adaptively Clustering Neighbor Elements for Image-Text Generation" (arXiv 2301.01955).
+        `clusters_from="input"`, `init_bias` and `normalize` are ours.
 
     Example:
         >>> AdaClustFormer("module.encoder.layers.*.self_attn", init_bias=None)
@@ -77,6 +82,7 @@ class AdaClustFormer(Method):
         monotone: bool = True,
         init_bias: float | None = 6.0,
         normalize: bool = False,
+        clusters_from: list[str] | str = "input",
         block_size: int | None = None,
         log: bool = True,
         name: str = "acf",
@@ -92,6 +98,7 @@ class AdaClustFormer(Method):
         self.kind, self.grid_size, self.prefix_tokens = kind, grid_size, prefix_tokens
         self.pool, self.layout, self.norm = pool, layout, norm
         self.monotone, self.init_bias, self.normalize, self.block_size = monotone, init_bias, normalize, block_size
+        self.clusters_from: Literal["input"] | Parts = "input" if clusters_from == "input" else Parts(clusters_from)
         ClusterLayer(4, **self._cluster_options())  # its own checks, where the callback is made
 
     def replacements(self, module: nn.Module) -> Mapping[str, nn.Module]:
@@ -102,26 +109,58 @@ class AdaClustFormer(Method):
         found = {
             path: replaced_attention(path, part, multihead, timm) for path, part in self.modules.find(module).items()
         }
-        if self.monotone:
-            state = ClusterState()
-            for place, layer in enumerate(_layers(found.values())):
-                layer.state, layer.layer = state, place
+        state = ClusterState()
+        for place, part in enumerate(found.values()):
+            layer = _clusters(part)
+            layer.state, layer.layer = (state, place) if self.monotone else (ClusterState(), 0)
         return found
+
+    def apply(self, module: AnyModule) -> AnyModule:
+        """As every method's, and lets the new modules know what to cluster."""
+        if is_operated(module, self.name):
+            return module
+        pairs = self._sources(module)
+        super().apply(module)
+        for path, where in pairs.items():
+            source = module.get_submodule(path).clusters.source = ClusterSource(self.name)  # type: ignore[union-attr]
+            module.get_submodule(where).register_forward_pre_hook(source, with_kwargs=True)
+        return module
+
+    def undo(self, module: AnyModule) -> AnyModule:
+        """As every method's, and takes its hooks off."""
+        for part in module.modules():
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if isinstance(hook, ClusterSource) and hook.method == self.name:
+                    del part._forward_pre_hooks[key], part._forward_pre_hooks_with_kwargs[key]
+        return super().undo(module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after each step: logs how open clusters are, and lets go of the step's graph."""
-        layers = list(_layers(part for part in pl_module.modules() if replaced_by(part) == self.name))
+        """Called after each step: logs how open and wide clusters are, and lets go of the step's graph."""
+        layers = {path: _clusters(part) for path, part in pl_module.named_modules() if replaced_by(part) == self.name}
         if self.log_terms and not trainer.barebones and should_log(trainer):
-            openness = {
-                f"{self.name}/{place}/open": value for place, layer in enumerate(layers) for value in _open(layer)
+            values = {
+                f"{self.name}/{path}/{key}": value for path, layer in layers.items() for key, value in _extent(layer)
             }
-            if openness:
-                pl_module.log_dict(openness, on_step=True, on_epoch=False, batch_size=1)
-        for layer in layers:
-            if layer.state is not None:
-                layer.state.clear()
+            if values:
+                pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        for layer in layers.values():
+            for kept in (layer.state, layer.source):
+                if kept is not None:
+                    kept.clear()
+
+    def _sources(self, module: nn.Module) -> dict[str, str]:
+        """By the path of each attention, that of the module whose input it clusters."""
+        if self.clusters_from == "input":
+            return {}
+        attentions, sources = list(self.modules.find(module)), list(self.clusters_from.find(module))
+        if len(attentions) != len(sources):
+            raise ValueError(
+                f"Expected `clusters_from` to name one module for each of the {len(attentions)} that {self.modules!r} "
+                f"names, but {self.clusters_from!r} names {len(sources)}."
+            )
+        return dict(zip(attentions, sources, strict=True))
 
     def _cluster_options(self) -> dict[str, Any]:
         return {
@@ -135,22 +174,19 @@ class AdaClustFormer(Method):
         }
 
 
-def _layers(parts: Any) -> Iterator[ClusterLayer]:
-    for part in parts:
-        layer = part.clusters
-        assert isinstance(layer, ClusterLayer)  # noqa: S101
-        yield layer
+def _clusters(part: Any) -> ClusterLayer:
+    layer = part.clusters
+    assert isinstance(layer, ClusterLayer)  # noqa: S101
+    return layer
 
 
 @torch.no_grad()
-def _open(layer: ClusterLayer) -> Sequence[Tensor]:
-    """Mean probability that an element continues a cluster, if the layer has left it."""
-    carried = [] if layer.state is None else layer.state.before(layer.layer + 1) or []
-    gaps = [gap for gap in carried if isinstance(gap, Tensor)]
-    if not gaps:
-        return []
-    means = []
-    for gap in gaps:  # log(1 - M) above the diagonal; below it there is nothing
-        above = torch.ones_like(gap[0], dtype=torch.bool).triu(1)
-        means.append((-torch.expm1(gap) * above).sum() / (above.sum() * len(gap)).clamp_min(1))
-    return [torch.stack(means).mean()]
+def _extent(layer: ClusterLayer) -> Iterator[tuple[str, Tensor]]:
+    """How open clusters are and how wide, where the layer has just made the whole matrix."""
+    matrix = None if layer.state is None else layer.state.matrix(layer.layer)
+    if layer.state is None or matrix is None:
+        return
+    gaps = layer.state.before(layer.layer + 1)  # log(1 - M) above the diagonal; below it there is nothing
+    pairs = [gap.numel() // gap.shape[-1] * (gap.shape[-1] - 1) / 2 for gap in gaps]
+    yield "open", torch.stack([-torch.expm1(gap).triu(1).sum() for gap in gaps]).sum() / max(1, sum(pairs))
+    yield "width", matrix.sum(-1).mean()

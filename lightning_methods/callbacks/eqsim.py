@@ -16,7 +16,7 @@ from lightning_methods.attach.address import AnyAddress, describe
 from lightning_methods.functional import EqSimTerms, eqsim_sample_close
 from lightning_methods.functional._eqsim_criterion import Hinge
 from lightning_methods.functional._gather import gather_batch
-from lightning_methods.functional._logits import upcast
+from lightning_methods.functional._logits import sum_to_one, upcast
 from lightning_methods.functional.eqsim import ItmActivation
 from lightning_methods.modules import EqSimLoss
 from lightning_methods.modules.eqsim import Mode
@@ -88,7 +88,8 @@ class EqSim(Method):
 
     Raises:
         ValueError: If the addresses are not those of one of the three, or do not go with the mode; if an argument is
-            out of its range; at the first step if shapes disagree.
+            out of its range; at the first step if shapes disagree, or if `similarity` are probabilities and their
+            softmax would be taken.
 
     Source:
         Wang et al., "Equivariant Similarity for Vision-Language Foundation Models", ICCV 2023 (arXiv 2303.14465). The
@@ -178,6 +179,8 @@ class EqSim(Method):
         self._seed = 0
         self._draws = 0
         self._warned = False
+        self._looked = False
+        self._probabilities: Tensor | None = None
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """The terms of this step's embeddings, similarities or scores."""
@@ -195,9 +198,20 @@ class EqSim(Method):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self._looked, self._probabilities = False, None
         self._seed = torch.initial_seed()  # draws of our own: the module's random numbers stay those without EqSim
         if self.image is not None and self.logit_scale is None and self._needs_scale:
             rank_zero_warn(f"{self!r} has no `logit_scale`, so it multiplies cosines by 1/0.07.")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Called between a step and its gradients: looks at the first matrix, the one time that it waits for it."""
+        suspect, self._probabilities = self._probabilities, None
+        if suspect is not None and suspect:
+            raise ValueError(
+                f"Expected logits as `similarity` at {self.similarity!r}, but every row is positive and sums to 1: "
+                f"these are probabilities, of which the softmax would be taken. Name the values before it, or set "
+                f"activation=None."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """How far the draws are; and the settings, for a warning if a run is resumed with others."""
@@ -275,6 +289,9 @@ class EqSim(Method):
                 f"Expected `similarity` at {self.similarity!r} to be (B, B), images as rows, or in mode 'all_pairs' "
                 f"(B, G) with more texts, but got {list(matrix.shape)}."
             )
+        takes_softmax = self._loss.activation == "softmax" and self.mode not in _CONSISTENCY
+        if takes_softmax and not self._looked and rows > 2:  # fewer may be so by chance
+            self._looked, self._probabilities = True, sum_to_one(matrix.detach())
         return upcast(matrix)[0]
 
     def _read(self, step: Step, argument: str, expected: str) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_methods.attach._lightning import LightningModule, Trainer, overri
 from lightning_methods.attach.address import Address, AnyAddress, Computed, describe, read_items
 from lightning_methods.attach.capture import resolve
 from lightning_methods.functional import ProRegTerms, proreg_terms
-from lightning_methods.functional._logits import check_choice, check_positive
+from lightning_methods.functional._logits import check_choice, check_positive, sum_to_one
 from lightning_methods.functional.proreg import Weighting, check_options, mean_over_kept
 from lightning_methods.modules import PromptTeacher
 from lightning_methods.modules.proreg import frozen_copy
@@ -44,6 +44,8 @@ class ProReg(Method):
         prompt: Address of precomputed prompt logits (N, K), `"batch.prompt_logits"`; or a classifier that gives them, a
             module or a function, called with `inputs`. A module is frozen, in eval mode, on the trainer's device and
             not in checkpoints, which hold a fingerprint of it; a function looks after its own.
+        save_teacher: Whether the classifier in `prompt`, a module, is kept in the callback's state and restored with it
+            as a snapshot is.
         inputs: Address of what the classifier is called with: `"batch.0"` if None, and for a snapshot what the
             submodule itself received in this step, after any augmentation. A snapshot takes a mapping as keyword
             arguments.
@@ -87,6 +89,7 @@ class ProReg(Method):
         prompt: nn.Module | AddressLike | None = None,
         *,
         inputs: AddressLike | None = None,
+        save_teacher: bool = False,
         loss: Mode = "replace",
         snapshot: str | None = None,
         text_features: Tensor | str | None = None,
@@ -110,11 +113,14 @@ class ProReg(Method):
             raise ValueError("Expected either `prompt` or `snapshot`, to say where the prompt logits come from.")
         if text_features is not None and snapshot is None:
             raise ValueError("Expected `text_features` only with `snapshot`; a classifier in `prompt` has its own.")
+        if save_teacher and not isinstance(prompt, nn.Module):
+            raise ValueError("Expected `save_teacher` only with a module in `prompt`; a snapshot is saved in any case.")
         super().__init__(name=name, weights={"label": 1.0, "prompt": alpha}, log=log)
         self.logits = address(logits)
         self.target = address(target)
         self.loss: Mode = loss
         self.replaces_loss = loss == "replace"
+        self.save_teacher = save_teacher
         self.snapshot = snapshot
         self.text_features = text_features
         self.logit_scale = logit_scale
@@ -201,7 +207,7 @@ class ProReg(Method):
             own = step.output["loss"] if isinstance(step.output, Mapping) else step.output
             cross_entropy = self._mean(terms.cross_entropy, target)
             both = torch.stack([own.detach().to(cross_entropy), cross_entropy])
-            self._suspects = {"logits": _sum_to_one(logits), "prompt": _sum_to_one(prompts), "losses": both}
+            self._suspects = {"logits": sum_to_one(logits), "prompt": sum_to_one(prompts), "losses": both}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Called between a step and its gradients: looks at the first step's values, the one time that it waits."""
@@ -270,20 +276,22 @@ class ProReg(Method):
     # What is kept
 
     def state_dict(self) -> dict[str, Any]:
-        """The snapshot, or a fingerprint of a classifier that is not saved."""
-        state = super().state_dict() | {"snapshot": None, "fingerprint": None}
+        """The settings; and the snapshot, or a fingerprint of a classifier that is not saved."""
+        state = super().state_dict() | {"settings": repr(self), "snapshot": None, "fingerprint": None}
         if self.teacher is None:
             return state
-        if self.snapshot is not None:
+        if self._saves_teacher:
             return state | {"snapshot": self.teacher.network.state_dict()}
         if self._fingerprint is None:
             self._fingerprint = _fingerprint(self.teacher.network)
         return state | {"fingerprint": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the snapshot, and warns if another classifier is given than the one of before."""
+        """Restores the snapshot; says if the settings have changed, or the classifier that is not saved."""
         super().load_state_dict(state_dict)
-        if self.snapshot is not None:
+        if state_dict["settings"] != repr(self):
+            rank_zero_warn(f"Resuming with {self!r}, but the checkpoint was written with {state_dict['settings']}.")
+        if self._saves_teacher:
             self._restored = state_dict["snapshot"]
             if self.teacher is not None and self._restored is not None:
                 _load(self.teacher.network, self._restored)
@@ -294,6 +302,10 @@ class ProReg(Method):
                     f"{self!r} goes on with another prompt classifier than the checkpoint's run had: of "
                     f"{self._fingerprint[0]} values where that one had {saved[0]}, or of other ones."
                 )
+
+    @property
+    def _saves_teacher(self) -> bool:
+        return self.snapshot is not None or self.save_teacher
 
     # What fits
 
@@ -389,16 +401,13 @@ class _Function(nn.Module):
         return self.function(inputs)
 
 
-def _sum_to_one(rows: Tensor) -> Tensor:
-    """Whether rows look like probabilities; the tolerance is that of bfloat16."""
-    return (rows >= 0).all() & ((rows.float().sum(1) - 1).abs() < 1e-2).all()
-
-
 def _load(network: nn.Module, saved: dict[str, Any]) -> None:
     try:
         network.load_state_dict(saved)
     except RuntimeError as error:
-        raise ValueError(f"The checkpoint's snapshot does not fit what `snapshot` names now: {error}") from error
+        raise ValueError(
+            f"The checkpoint's snapshot does not fit what `snapshot` or `prompt` is now: {error}"
+        ) from error
 
 
 def _fingerprint(network: nn.Module) -> list[int]:

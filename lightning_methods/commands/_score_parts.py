@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_methods._files import replace_file
+from lightning_methods.commands._progress import progress
 
 Scores = npt.NDArray[np.float32]
 
@@ -49,7 +48,7 @@ def collect_scores(
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
     )
-    with _progress(first, total) as advance:
+    with progress("scoring", first, total) as advance:
         start, waiting = first, list[Scores]()
         for batch in rest:
             waiting.append(score(batch).numpy())
@@ -64,26 +63,3 @@ def collect_scores(
 def save_scores(path: Path, scores: Scores) -> None:
     """Writes an array that is there whole or not at all."""
     replace_file(path, lambda temporary: np.save(temporary, scores))
-
-
-@contextmanager
-def _progress(done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr if rich is installed."""
-    if find_spec("rich") is None:
-        yield lambda count: None  # noqa: ARG005
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda count: bar.advance(task, count)

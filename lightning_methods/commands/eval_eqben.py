@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_methods._files import FolderError, claim_folder, write_json
+from lightning_methods.commands._device import as_device
 from lightning_methods.commands._pair_scorers import FOILS, QUADS, SINGLE, Layout, Scorer, load_scorer
 from lightning_methods.commands._score_parts import Scores, collect_scores, save_scores
 from lightning_methods.datamodules import EqBenDataModule, ValseDataModule, WinogroundDataModule
@@ -53,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FolderError as error:
         return _sorry(f"{error}.", 2)
     except (ValueError, OSError, ImportError) as error:
-        # What a worker process raised comes with its traceback in front.
-        return _sorry(str(error).rstrip().rpartition("\n")[2], 1)
+        # What a worker process raised comes with its traceback and its type in front.
+        sentence = str(error).rstrip().rpartition("\n")[2]
+        return _sorry(sentence.removeprefix(f"{type(error).__name__}: "), 1)
     except KeyboardInterrupt:
         again = given if options.resume else [*given, "--resume"]
         return _sorry(f"Stopped. What was scored is kept; to go on: {_PROG} {shlex.join(again)}", 130)
@@ -74,9 +77,10 @@ def _parser() -> ArgumentParser:
     add("--out", type=Path, default=Path("runs/eval-eqben"), metavar="DIR", help="(default: %(default)s)")
     add("--resume", action="store_true", help="go on with what a stopped call left in --out")
     add("--batch-size", type=int, default=64, metavar="N", help="samples at a time (default: 64)")
-    add("--num-workers", type=int, default=4, metavar="N", help="processes that read images (default: 4)")
+    workers = min(4, os.cpu_count() or 1)
+    add("--num-workers", type=int, default=workers, metavar="N", help="that read images (default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=torch.device, default=device, help=f"of a model of transformers (default: {device})")
+    add("--device", type=as_device, default=device, help=f"of a model of transformers (default: {device})")
     return parser
 
 

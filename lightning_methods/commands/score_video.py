@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lightning_methods._files import FolderError, claim_folder, replace_file
+from lightning_methods.commands._device import as_device
 from lightning_methods.commands._progress import progress
 from lightning_methods.commands._video_scores import Scorer, ScoringError, load_scorer, score_video
 from lightning_methods.datamodules._video_files import FrameSource, VideoError, open_video
@@ -83,7 +84,7 @@ def _parser() -> ArgumentParser:
     add("--windows", type=int, metavar="N", help="average over N windows a video, as the evaluation does with 32")
     add("--batch-size", type=int, default=16, metavar="N", help="clips at a time (default: 16)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=torch.device, default=device, help=f"of the LightningModule (default: {device})")
+    add("--device", type=as_device, default=device, help=f"of the LightningModule (default: {device})")
     return parser
 
 

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     )
     from lightning_methods.datamodules.twbert_worlds import (
         ObjectStatesDataModule,
+        ObjectVideosDataModule,
     )
     from lightning_methods.datamodules.umil import (
         SnippetFeatureDataModule,
@@ -98,6 +99,7 @@ __all__ = [
     "MovingShapesDataModule",
     "NICODataModule",
     "ObjectStatesDataModule",
+    "ObjectVideosDataModule",
     "PACSDataModule",
     "PhrasesDataModule",
     "RetrievalDataModule",
@@ -140,6 +142,7 @@ _FILES = {
     "MovingShapesDataModule": "stillmix_worlds",
     "NICODataModule": "proreg",
     "ObjectStatesDataModule": "twbert_worlds",
+    "ObjectVideosDataModule": "twbert_worlds",
     "PACSDataModule": "proreg",
     "PhrasesDataModule": "acf_worlds",
     "RetrievalDataModule": "eqsim",

@@ -135,7 +135,7 @@ def _one_of(texts: Sequence[str]) -> str:
 
 
 def find_videos(folder: Path, names: Sequence[str], layout: str) -> dict[str, Path]:
-    """Path of each video by its name without a suffix: a file of any format, a ZIP or a folder of images.
+    """Path of each video by its name without a suffix: a file of any format, an array, a ZIP or a folder of images.
 
     Raises:
         FileNotFoundError: Videos are missing. The message counts them and names the first.

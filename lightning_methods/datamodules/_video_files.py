@@ -1,4 +1,4 @@
-"""Frames of videos on disk: a folder of images, one ZIP of them, or a video file.
+"""Frames of videos on disk: a folder of images, one ZIP of them, an array, or a video file.
 
 Example:
     >>> with open_video("v_Archery_g01_c01.avi") as video:  # doctest: +SKIP
@@ -33,8 +33,9 @@ def open_video(path: str | Path, *, kind: VideoKind = "auto", template: str | No
     """Opens a video in one of the forms in which data sets store them.
 
     Args:
-        path: A folder of images or a single image ("frames"), a ZIP of images ("zip"), or a video file ("video").
-        kind: Which of these it is; "auto" looks at the path.
+        path: A folder of images or a single image ("frames"), a ZIP of images ("zip"), a video file ("video"), or a
+            .npy file of frames (T, H, W, 3), RGB, uint8.
+        kind: Which of these it is; "auto" looks at the path, and knows .npy files by their suffix.
         template: Name of a frame by its number, such as "img_{:05}.jpg". Images with other names are ignored, the
             smallest number is frame 0, and the numbers must not have gaps. None: all images, in natural order
             (img_2 before img_10).
@@ -54,6 +55,8 @@ def open_video(path: str | Path, *, kind: VideoKind = "auto", template: str | No
     if not path.exists():
         raise VideoError(f"{path}: there is no such file or folder")
     if kind == "auto":
+        if path.suffix.lower() == ".npy":
+            return _Array(path)
         kind = _kind_of(path)
     if kind == "frames":
         return _open_folder(path, number)
@@ -96,6 +99,30 @@ class _Images(FrameSource):
         except (OSError, SyntaxError, ValueError, BadZipFile) as error:  # Pillow reports broken headers as SyntaxError
             raise VideoError(f"{self.path}: frame {name} cannot be decoded ({error})") from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class _Array(FrameSource):
+    """Frames in a .npy file, of which no more is read than is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._frames = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise VideoError(f"{path}: cannot be read as a .npy file ({error})") from error
+        shape, dtype = self._frames.shape, self._frames.dtype
+        if len(shape) != 4 or shape[3] != 3 or not shape[0] or dtype != np.uint8:
+            raise VideoError(f"{path}: must hold frames (T, H, W, 3), uint8, found {shape}, {dtype}")
+        self.num_frames = len(self._frames)
+
+    def frames(self) -> Iterator[Tensor]:
+        return map(self._pixels, range(self.num_frames))
+
+    def _decode(self, wanted: Sequence[int]) -> dict[int, Tensor]:
+        return {index: self._pixels(index) for index in wanted}
+
+    def _pixels(self, index: int) -> Tensor:
+        return torch.from_numpy(np.array(self._frames[index])).permute(2, 0, 1)
 
 
 def _open_folder(path: Path, number: Callable[[str], int | None] | None) -> FrameSource:

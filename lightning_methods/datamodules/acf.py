@@ -6,7 +6,7 @@ its code, which follow ImageCaptioning.pytorch. Nothing is downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_methods.datamodules._annotations import Entry, locate_images, read_json
@@ -108,10 +109,12 @@ def caption_row(
 class CocoCaptionDataModule(LightningDataModule):
     """COCO captions, to train and evaluate image captioning.
 
-    A training batch is {"features" (B, N, D) or "image", "input", "target", "mask", "image_id"}. The middle three are
-    (B, captions_per_image, max_words + 1): word numbers that a decoder reads (0 first), those it is to say (ending in
-    `vocabulary.end`), and which of them count. Validation and testing give {"features" or "image", "image_id",
-    "references"}, with all captions of an image as a list of text. Training images are those of "train" and "restval".
+    A training batch is {"features" (B, N, D) and "feature_mask" (B, N), or "image"; "input", "target", "mask",
+    "image_id"}. Features are of grids or of regions: where images have different numbers of them, zeros follow, and the
+    mask is True at features. "input", "target" and "mask" are (B, captions_per_image, max_words + 1): word numbers that
+    a decoder reads (0 first), those it is to say (ending in `vocabulary.end`), and which of them count. Validation and
+    testing give the images, "image_id" and "references", all captions of an image as a list of text. Training images
+    are those of "train" and "restval".
 
     Args:
         annotation: `dataset_coco.json`.
@@ -213,11 +216,24 @@ class CocoCaptionDataModule(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             shuffle=shuffle,
-            collate_fn=Collate(None),
+            collate_fn=_Collate(None),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+class _Collate(Collate):
+    """Pads the features of images that have different numbers of them."""
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        batch = super().__call__([{key: sample[key] for key in sample if key != "features"} for sample in samples])
+        if "features" in samples[0]:
+            features = [sample["features"] for sample in samples]
+            counts = torch.tensor([len(there) for there in features])
+            batch["features"] = pad_sequence(features, batch_first=True)
+            batch["feature_mask"] = torch.arange(batch["features"].shape[1]) < counts[:, None]
+        return batch
 
 
 class _ImageReader:

@@ -147,7 +147,7 @@ class VideoTextDataModule(_VideoTextFiles):
         """Reads the annotations that the stage needs, and looks for the videos."""
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)):
             captions: dict[str, list[str]] = {}
-            lines = [(line.text("clip_name"), line.text("caption")) for line in self._annotation(split)]
+            lines = [(line.text("clip_name"), _words(line, "caption")) for line in self._annotation(split)]
             for clip, caption in lines:
                 captions.setdefault(clip, []).append(caption)
             number = {clip: place for place, clip in enumerate(captions)}
@@ -184,7 +184,7 @@ class VideoQADataModule(_VideoTextFiles):
 
     A batch is {"video", "question", "target", "answer_type"}: "target" is the answer's number, -1 for an answer that is
     not in the list (it counts as wrong whatever is predicted; in training such lines are left out), "answer_type" a
-    place in `answer_types`.
+    place in `answer_types`. `metrics.AnswerAccuracy` counts so.
 
     Args:
         root: Folder that holds `<dataset>/txt/{train,val,test}.jsonl`, with {"question", "answer", "video_id",
@@ -252,7 +252,7 @@ class VideoQADataModule(_VideoTextFiles):
                 "target": [self.answers.get(line.text("answer"), -1) for line in lines],
                 "answer_type": [self._type_of(line) for line in lines],
             }
-            questions = {"question": [[line.text("question")] for line in lines]}
+            questions = {"question": [[_words(line, "question")] for line in lines]}
             samples = ClipSamples(self._videos([line.text("video_id") for line in lines]), questions, numbers)
             self.datasets[split] = self._clips(samples, training=split == "train")
 
@@ -277,3 +277,10 @@ class VideoQADataModule(_VideoTextFiles):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """As `test_dataloader`."""
         return self.test_dataloader()
+
+
+def _words(line: Entry, key: str) -> str:
+    text = line.text(key)
+    if not text.strip():
+        raise line.error(f"{key!r} is empty")
+    return text

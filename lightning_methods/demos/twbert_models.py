@@ -80,3 +80,22 @@ class VideoQuestionModel(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with a one-cycle schedule over the steps."""
         return one_cycle(self, self.lr, 0.01)
+
+
+class FramesQuestionModel(VideoQuestionModel):
+    """The same model for frames as they come from a file, which it cuts into patches.
+
+    Args:
+        patch_size: Side of a patch in pixels.
+        options: Of `VideoQuestionModel`.
+    """
+
+    def __init__(self, patch_size: int = 4, **options: Any) -> None:
+        super().__init__(3 * patch_size**2, **options)
+        self.patch_size = patch_size
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        """Frames (B, T, 3, H, W) and word numbers (B, L) -> logits (B, num_classes)."""
+        side = self.patch_size
+        tiles = video.unfold(3, side, side).unfold(4, side, side)  # (B, T, 3, rows, columns, side, side)
+        return super().forward(tiles.movedim(2, 4).flatten(4).flatten(1, 3), text)

@@ -38,6 +38,6 @@ def score_maps(trained: Mapping[str, Callable[..., tuple[Any, Any]]]) -> Figure:
         panel.set_title(title)
         panel.set_xlabel("context")
     panels[0].set_ylabel("cue")
-    panels[-1].legend(markerscale=3, loc="lower left")
+    figure.legend(*panels[-1].get_legend_handles_labels(), markerscale=3, loc="outside lower center", ncols=4)
     figure.suptitle("Snippets of abnormal test bags; the line is a score of 0.5")
     return figure

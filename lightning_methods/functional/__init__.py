@@ -142,6 +142,7 @@ from lightning_methods.functional.twbert_frames import (
 from lightning_methods.functional.twbert_losses import (
     MaskedTokens,
     fine_grained_contrastive_loss,
+    hard_negative_matching_loss,
     mask_tokens,
     sample_hard_negatives,
     video_text_contrastive_loss,
@@ -257,6 +258,7 @@ __all__ = [
     "frame_level_scores",
     "gkl_loss",
     "grid_cluster_matrix",
+    "hard_negative_matching_loss",
     "ikl_loss",
     "ikl_terms",
     "in_modal_consistency_loss",

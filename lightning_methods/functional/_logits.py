@@ -90,3 +90,8 @@ def reduce(value: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return value
     return value.mean() if reduction == "mean" else value.sum()
+
+
+def sum_to_one(rows: Tensor) -> Tensor:
+    """Whether rows look like probabilities; the tolerance is that of bfloat16."""
+    return (rows >= 0).all() & ((rows.float().sum(1) - 1).abs() < 1e-2).all()

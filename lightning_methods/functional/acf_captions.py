@@ -1,7 +1,7 @@
 """How captions are judged: CIDEr-D and BLEU, with the numbers of the usual COCO evaluation of tokenised text.
 
-Written from the formulas; nothing but the standard library and torch is needed. Texts are lists of tokens, or strings
-whose tokens stand between blanks. For raw text see `caption_tokens`.
+Written from the formulas; nothing but the standard library and torch is needed. Texts are lists or tensors of tokens,
+or strings whose tokens stand between blanks. For raw text see `caption_tokens`.
 
 Sources: Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation", CVPR 2015; Papineni et al., "BLEU",
 ACL 2002; details as in pycocoevalcap 1.2, whose results these are.
@@ -10,7 +10,7 @@ ACL 2002; details as in pycocoevalcap 1.2, whose results these are.
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_methods.functional._logits import check_positive, check_range
 
-Text: TypeAlias = str | Sequence[Hashable]
+Text: TypeAlias = str | Sequence[Hashable] | Tensor
 NGram: TypeAlias = tuple[Hashable, ...]
 
 #: Endings that the Penn Treebank's rules make tokens of their own.
@@ -34,6 +34,9 @@ class DocumentFrequency(NamedTuple):
 
     counts: Mapping[NGram, int]
     num_images: int
+
+    def __deepcopy__(self, _memo: object) -> "DocumentFrequency":
+        return self  # copies of modules and metrics share the table, which has millions of entries
 
 
 class CiderResult(NamedTuple):
@@ -127,9 +130,12 @@ def cider_d(
     if table.num_images < 1:
         raise ValueError(f"`document_frequency` must be of at least one image, got {table.num_images}")
     scores = []
+    last: Sequence[Text] | None = None
     for candidate, texts in zip(candidates, references, strict=True):
         own = _Weighted(_tokens(candidate), table, n)
-        similarities = [own.similarity(_Weighted(_tokens(text), table, n), sigma) for text in texts]
+        if texts is not last:  # several candidates of an image may share its references
+            last, weighted = texts, [_Weighted(_tokens(text), table, n) for text in texts]
+        similarities = [own.similarity(other, sigma) for other in weighted]
         scores.append(10 * math.fsum(similarities) / (n * len(texts)))
     per_item = torch.tensor(scores, dtype=torch.float64)
     return CiderResult(per_item.mean(), per_item)
@@ -207,6 +213,8 @@ class _Weighted:
 
 
 def _tokens(text: Text) -> Sequence[Hashable]:
+    if isinstance(text, Tensor):  # its own elements are all different keys
+        return text.tolist()
     return text.split() if isinstance(text, str) else text
 
 
@@ -216,10 +224,10 @@ def _ngrams(tokens: Sequence[Hashable], n: int) -> Counter[NGram]:
     )
 
 
-def _check_pairs(candidates: Sequence[Any], references: Sequence[Iterable[Any]]) -> None:
-    if isinstance(candidates, str) or len(candidates) != len(references) or not candidates:
-        found = f"{len(candidates)} and {len(references)}"
+def _check_pairs(candidates: Sequence[Any], references: Sequence[Sequence[Any]]) -> None:
+    if isinstance(candidates, str) or len(candidates) != len(references) or not len(candidates):
+        found = repr(candidates) if isinstance(candidates, str) else f"{len(candidates)} and {len(references)}"
         raise ValueError(f"`candidates` and `references` must hold as many items, at least one, got {found}")
     for item, texts in enumerate(references):
-        if isinstance(texts, str) or not texts:
+        if isinstance(texts, str) or not len(texts):
             raise ValueError(f"`references` must hold a list of captions for each item, got {texts!r} for item {item}")

@@ -261,10 +261,7 @@ def eqsim_close_far_loss(
     quads = scores.take(torch.stack([i * (size + 1), i * size + j, j * size + i, j * (size + 1)])).unbind()
     close = criterion.mean_loss(quads)
 
-    no_far = torch.zeros_like(scores, dtype=torch.bool) if exclude is None else exclude | exclude.T
-    for side in (no_far, no_far.T):  # a pass over the transposed mask would cost more than all else
-        side[:anchors].scatter_(1, close_index, True)
-    asymmetry = SquaredAsymmetry.apply(scores, no_far) / max(scores.numel(), 1)
+    asymmetry = SquaredAsymmetry.apply(scores, close_index, exclude) / max(scores.numel(), 1)
     far = weight / far_scale * (asymmetry - far_margin).clamp_min(0)
     return EqSimTerms(close + far, close, far)
 

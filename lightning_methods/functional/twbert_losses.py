@@ -4,6 +4,7 @@ Source: as `trajectory_word_attention`. The fine-grained contrast is that of the
 authors' code has switched off and whose weight it does not tell.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -212,6 +213,61 @@ def sample_hard_negatives(similarity: Tensor, *, generator: torch.Generator | No
     # torch.multinomial draws in the same way, after it has waited for the device to check its input.
     noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(1) / noise).masked_fill(diagonal, -1).argmax(1)
+
+
+def hard_negative_matching_loss(
+    matcher: Callable[..., Tensor],
+    text: Tensor,
+    video: Tensor,
+    text_logits: Tensor,
+    video_logits: Tensor,
+    *,
+    text_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`video_text_matching_loss` of B pairs, each text with a video like its own, and each video with such a text.
+
+    Args:
+        matcher: From texts (R, L, D), videos (R, N, D) and, if there is one, the mask (R, L), to logits of no and yes,
+            (R, 2). It is called once, with R = 3B: the pairs, B texts with wrong videos, and B videos with wrong texts.
+        text: Tokens of the texts, (B, L, D), B at least 2.
+        video: Tokens of their videos, (B, N, D); widths may differ.
+        text_logits: How like text i is to video j, (B, B), divided by the temperature: `sample_hard_negatives` draws
+            the wrong videos by it. It receives no gradient.
+        video_logits: How like video i is to text j, (B, B); draws the wrong texts.
+        text_mask: Non-zero at real words, (B, L).
+        generator: Of the random numbers, on the device of the logits.
+
+    Returns:
+        Scalar, float32 at least.
+
+    Raises:
+        ValueError: If shapes do not fit, also that of what the matcher returns, or B < 2.
+
+    Example:
+        >>> import torch
+        >>> text, video = torch.eye(2)[:, None], torch.eye(2)[:, None]
+        >>> def matcher(text, video):
+        ...     return 9 * torch.stack([1 - (text * video).sum((1, 2)), (text * video).sum((1, 2))], 1)
+        >>> hard_negative_matching_loss(matcher, text, video, torch.zeros(2, 2), torch.zeros(2, 2))
+        tensor(0.0001)
+    """
+    batch = len(text)
+    check_shape("text", text, "B, L, D", (None,) * 3)
+    check_shape("video", video, "B, N, D", (batch, None, None))
+    check_shape("text_logits", text_logits, "B, B", (batch, batch))
+    check_shape("video_logits", video_logits, "B, B", (batch, batch))
+    own = torch.arange(batch, device=text.device)
+    wrong_video = sample_hard_negatives(text_logits, generator=generator)
+    wrong_text = sample_hard_negatives(video_logits, generator=generator)
+    texts = torch.cat([own, own, wrong_text])
+    inputs = [text[texts], video[torch.cat([own, wrong_video, own])]]
+    if text_mask is not None:
+        check_shape("text_mask", text_mask, "B, L", text.shape[:2])
+        inputs.append(text_mask[texts])
+    logits = matcher(*inputs)
+    check_shape("matcher(...)", logits, "3B, 2", (3 * batch, 2))
+    return video_text_matching_loss(logits, batch)
 
 
 @torch.no_grad()

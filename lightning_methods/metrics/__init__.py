@@ -30,6 +30,7 @@ from lightning_methods.metrics.stillmix import (
     StaticBiasReport,
 )
 from lightning_methods.metrics.twbert import (
+    AnswerAccuracy,
     TextVideoRecall,
     TwoStageRecall,
 )
@@ -40,6 +41,7 @@ from lightning_methods.metrics.umil import (
 )
 
 __all__ = [
+    "AnswerAccuracy",
     "CaptionBLEU",
     "CiderD",
     "ClassMargin",

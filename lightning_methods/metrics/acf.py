@@ -13,7 +13,7 @@ from lightning_methods.functional import DocumentFrequency, bleu, caption_tokens
 from lightning_methods.functional._logits import check_positive, check_range
 
 #: A caption: raw text, or tokens that are strings or integers.
-Caption: TypeAlias = str | Sequence[Hashable]
+Caption: TypeAlias = str | Sequence[Hashable] | Tensor
 Tokenizer: TypeAlias = Callable[[str], Sequence[str]]
 
 
@@ -34,7 +34,7 @@ class _CaptionMetric(Metric):
         """Add captions of some images.
 
         Args:
-            candidates: One caption an image. Strings are split by the tokenizer, lists are tokens already.
+            candidates: One caption an image. Strings are split by the tokenizer; lists and tensors are tokens already.
             references: For each image its reference captions, at least one.
 
         Raises:
@@ -51,6 +51,8 @@ class _CaptionMetric(Metric):
         self.lines.append(torch.tensor(list(written), dtype=torch.uint8, device=self.device))
 
     def _tokens(self, text: Caption) -> list[Hashable]:
+        if isinstance(text, Tensor):
+            return text.tolist()
         return list(self.tokenizer(text)) if isinstance(text, str) else list(text)
 
     def _corpus(self) -> tuple[list[list[Hashable]], list[list[list[Hashable]]]]:

@@ -1,4 +1,4 @@
-"""Text-video retrieval: recall and ranks from features, and in the two stages of TW-BERT's protocol."""
+"""Text-video retrieval, from features and in the two stages of TW-BERT's protocol; and answers about videos."""
 
 import math
 from collections.abc import Sequence
@@ -204,6 +204,61 @@ class TwoStageRecall(Metric):
             for direction, values in ranks.items()
             for name, value in rank_statistics(values, (1, 5, 10)).items()
         }
+
+
+class AnswerAccuracy(Metric):
+    """Right answers in percent, of all questions and of those of each type.
+
+    Args:
+        answer_types: Names of the types; those of MSRVTT-QA and MSVD-QA as `VideoQADataModule` numbers them.
+        kwargs: Of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If a name is given twice or is "accuracy", or shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> metric = AnswerAccuracy(("what", "who"))
+        >>> metric.update(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, -1]), torch.tensor([0, 0]))
+        >>> metric.compute()
+        {'accuracy': tensor(50.), 'what': tensor(50.), 'who': tensor(nan)}
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    right: Tensor
+    asked: Tensor
+
+    def __init__(self, answer_types: Sequence[str] = ("what", "who", "how", "where", "when"), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.answer_types = tuple(answer_types)
+        if len({"accuracy", *self.answer_types}) != 1 + len(self.answer_types):
+            raise ValueError(f"`answer_types` must be different names, none of them accuracy, got {self.answer_types}")
+        for name in ("right", "asked"):
+            self.add_state(name, torch.zeros(len(self.answer_types), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor, answer_type: Tensor) -> None:
+        """Add answers.
+
+        Args:
+            logits: Of the answers, (B, C).
+            target: The right ones, integers (B,); -1 where it is none of those that can be given: never right.
+            answer_type: A place in `answer_types` for each, (B,).
+        """
+        check_floating(logits=logits)
+        check_shape("logits", logits, "B, C", (None, None))
+        for name, numbers in (("target", target), ("answer_type", answer_type)):
+            check_integer(name, numbers)
+            check_shape(name, numbers, "B", (len(logits),))
+        kind = answer_type.long()
+        self.right = self.right.index_add(0, kind, (logits.argmax(1) == target).long())
+        self.asked = self.asked.index_add(0, kind, torch.ones_like(kind))
+
+    def compute(self) -> dict[str, Tensor]:
+        """`accuracy`, and one value by the name of each type; NaN where nothing was asked."""
+        right, asked = (torch.cat([state.sum(0, keepdim=True), state]) for state in (self.right, self.asked))
+        return dict(zip(("accuracy", *self.answer_types), 100 * right / asked, strict=True))
 
 
 def _last_row(groups: Tensor) -> Tensor:

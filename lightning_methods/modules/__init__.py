@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_methods.modules.acf import (
     AnnotatedLayerNorm,
     ClusterLayer,
+    ClusterSource,
     ClusterState,
     GridCluster,
     SpanCluster,
@@ -22,6 +23,11 @@ from lightning_methods.modules.acf_captioner import (
     ACFEncoder,
     ACFLayer,
     Captions,
+)
+from lightning_methods.modules.acf_self_critical import (
+    SelfCriticalLoss,
+    SelfCriticalTerms,
+    WritesCaptions,
 )
 from lightning_methods.modules.eqsim import (
     EqSimLoss,
@@ -58,7 +64,6 @@ from lightning_methods.modules.stillmix_scores import (
 )
 from lightning_methods.modules.twbert import (
     HierarchicalFrameSelector,
-    MomentumQueue,
     TrajectoryWordAttention,
     TrajectoryWordEncoder,
     TrajectoryWordLayer,
@@ -66,6 +71,10 @@ from lightning_methods.modules.twbert import (
 from lightning_methods.modules.twbert_dropin import (
     TimmTrajectoryWordAttention,
     TrajectoryWordSelfAttention,
+)
+from lightning_methods.modules.twbert_pairs import (
+    MomentumQueue,
+    VideoTextMatcher,
 )
 from lightning_methods.modules.umil import (
     ClusterHead,
@@ -93,6 +102,7 @@ __all__ = [
     "Captions",
     "ClusterHead",
     "ClusterLayer",
+    "ClusterSource",
     "ClusterState",
     "DivisionFigures",
     "EqSimLoss",
@@ -107,6 +117,8 @@ __all__ = [
     "ProRegLoss",
     "PromptClassifier",
     "PromptTeacher",
+    "SelfCriticalLoss",
+    "SelfCriticalTerms",
     "SingleFrameClassifier",
     "SnippetDivision",
     "SnippetHistory",
@@ -121,6 +133,8 @@ __all__ = [
     "VideoAugmentation",
     "VideoMix",
     "VideoMixup",
+    "VideoTextMatcher",
+    "WritesCaptions",
     "load_frame_scores",
     "prompt_param_groups",
     "save_frame_scores",

@@ -1,9 +1,19 @@
 """What attention modules that take the place of others share: reading the old one, and living where it lived."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+#: Parts of timm's `Attention`, the last two in newer versions only, and what its `forward` takes.
+_TIMM_PARTS = {"qkv", "q_norm", "k_norm", "proj", "attn_drop", "proj_drop", "norm", "gate"}
+_TIMM_INPUTS = {"x", "attn_mask", "is_causal"}
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    if num_heads < 1 or embed_dim % num_heads:
+        raise ValueError(f"`num_heads` must divide embed_dim {embed_dim}, got {num_heads}")
 
 
 def check_multihead(mha: nn.Module) -> nn.MultiheadAttention:
@@ -18,12 +28,21 @@ def check_multihead(mha: nn.Module) -> nn.MultiheadAttention:
 
 
 def check_timm(attention: nn.Module) -> Any:
-    """Timm's `Attention`, by what it has: the class stands at different places in its versions."""
+    """Timm's `Attention`, by what it has: the class stands at different places in its versions.
+
+    Its relatives with relative positions, rotations, biases of their own or differences have more, which would be lost.
+    """
     needed = ("qkv", "q_norm", "k_norm", "proj", "attn_drop", "proj_drop", "num_heads")
     missing = [name for name in needed if not hasattr(attention, name)]
     if missing or not isinstance(attention.qkv, nn.Linear):
         found = f"{type(attention).__name__}" + (f" without {', '.join(missing)}" if missing else "")
         raise TypeError(f"`attention` must be timm's Attention, got {found}")
+    own = {*attention._parameters, *attention._buffers, *attention._modules}
+    more = sorted((own - _TIMM_PARTS) | (set(inspect.signature(attention.forward).parameters) - _TIMM_INPUTS))
+    if more:
+        raise TypeError(
+            f"`attention` must be timm's plain Attention, got {type(attention).__name__} with {', '.join(more)}"
+        )
     return attention
 
 

@@ -186,23 +186,78 @@ class ClusterState:
 
     def __init__(self) -> None:
         self._carried: dict[int, Any] = {}
+        self._matrices: dict[int, Tensor] = {}
 
     def before(self, layer: int) -> Any:
         """What the layer before has left; None if there is none."""
         return self._carried.get(layer - 1)
 
-    def store(self, layer: int, carried: Any) -> None:
+    def matrix(self, layer: int) -> Tensor | None:
+        """What a layer's attention was multiplied by, without gradients, if it has made that as a whole."""
+        return self._matrices.get(layer)
+
+    def store(self, layer: int, carried: Any, matrix: Tensor | None = None) -> None:
         """Leave something for the next layer; the first one clears what an earlier forward pass left."""
         if layer == 0:
-            self._carried.clear()
+            self.clear()
         self._carried[layer] = carried
+        if matrix is not None:
+            self._matrices[layer] = matrix.detach()
 
     def clear(self) -> None:
         """Let go of everything, and of the graph behind it."""
         self._carried.clear()
+        self._matrices.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_carried": {}}
+        return {"_carried": {}, "_matrices": {}}
+
+
+class ClusterSource:
+    """The last input of another module, which it is a forward pre-hook of (with keywords): what a layer clusters.
+
+    It stays until the next call, for layers that are computed once more in the backward pass. Copies and pickles are
+    empty.
+
+    Args:
+        method: Name of who has put it there.
+
+    Example:
+        >>> import torch
+        >>> source, block = ClusterSource("acf"), torch.nn.Linear(4, 4)
+        >>> hook = block.register_forward_pre_hook(source, with_kwargs=True)
+        >>> _ = block(torch.ones(1, 4))
+        >>> source.value
+        tensor([[1., 1., 1., 1.]])
+    """
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self._value: Tensor | None = None
+
+    def __call__(self, _part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before the other module."""
+        self._value = next(iter((*args, *kwargs.values())))
+
+    @property
+    def value(self) -> Tensor:
+        """What the module got.
+
+        Raises:
+            RuntimeError: If it was not called.
+        """
+        if self._value is None:
+            raise RuntimeError(
+                f"{self.method!r} clusters the input of another module, which was not called before the attention"
+            )
+        return self._value
+
+    def clear(self) -> None:
+        """Let go of it, and of the graph behind it."""
+        self._value = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"method": self.method, "_value": None}
 
 
 class ClusterLayer(nn.Module):
@@ -221,6 +276,7 @@ class ClusterLayer(nn.Module):
     Attributes:
         state: Shared by the layers of a stack; None: this layer grows from nothing.
         layer: Place in the stack, from 0.
+        source: What is clustered in place of the attention's own input; None: that.
 
     Raises:
         ValueError: If the arguments do not fit each other.
@@ -256,6 +312,7 @@ class ClusterLayer(nn.Module):
         self.prefix_tokens = prefix_tokens
         self.state: ClusterState | None = None
         self.layer = 0
+        self.source: ClusterSource | None = None
 
     def forward(self, x: Tensor, state: ClusterState | None = None) -> Tensor:
         """The cluster matrix of a layer's input.
@@ -275,9 +332,13 @@ class ClusterLayer(nn.Module):
         before = () if state is None else state.before(self.layer) or ()
         matrix, *carried = self.cluster(x[:, self.prefix_tokens :], *before)
         if state is not None:
-            state.store(self.layer, tuple(carried))
+            state.store(self.layer, tuple(carried), matrix)
         prefix: Tensor = F.pad(matrix, (self.prefix_tokens, 0, self.prefix_tokens, 0), value=1.0)
         return prefix
+
+    def input(self, given: Tensor | None) -> Tensor | None:
+        """What is clustered: what the attention was given, or what the source has; None for the attention's input."""
+        return self.source.value if given is None and self.source is not None else given
 
     def scores(self, x: Tensor, state: ClusterState | None = None) -> list[SpanScores]:
         """For `span_cluster_attention`: the scores of this layer and of those that its clusters have grown from."""

@@ -11,7 +11,7 @@ from lightning_methods.functional._logits import check_range
 from lightning_methods.functional._shapes import check_shape
 from lightning_methods.functional.acf import apply_weights, cluster_weights
 from lightning_methods.functional.acf_grid import GridLayout
-from lightning_methods.modules._attention import check_multihead, check_timm, nested_again, padded
+from lightning_methods.modules._attention import check_heads, check_multihead, check_timm, nested_again, padded
 from lightning_methods.modules.acf import ClusterKind, ClusterLayer, ClusterNorm, ClusterState
 
 
@@ -30,7 +30,7 @@ class AdaClusterAttention(nn.Module):
         dropout: On the products of weights and clusters, in training.
         bias: Whether the projections have biases.
         normalize: Divide the rows by their sums (ours; the authors do not).
-        batch_first: (B, N, D) if True, else (N, B, D).
+        batch_first: (B, N, D) if True, else (N, B, D), which is torch's default.
         pool: As in `GridCluster`.
         layout: As in `GridCluster`.
         norm: As in `SpanCluster`.
@@ -71,8 +71,7 @@ class AdaClusterAttention(nn.Module):
         block_size: int | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"`num_heads` must divide embed_dim {embed_dim}, got {num_heads}")
+        check_heads(embed_dim, num_heads)
         check_range("dropout", dropout, 0, 1)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -149,7 +148,8 @@ class AdaClusterAttention(nn.Module):
             average_attn_weights: The mean of the heads' products (B, N, N) instead of all (B, H, N, N).
             is_causal: Attend to nothing behind; with `attn_mask` a hint that it says so, as in torch.
             state: Of a stack of layers, instead of `clusters.state`.
-            cluster_input: What is clustered, of the query's shape, such as the residual stream; None: the query.
+            cluster_input: What is clustered, of the query's shape, such as the residual stream; None: what
+                `clusters.source` has, or else the query.
 
         Raises:
             TypeError: If query, key and value are not one tensor.
@@ -157,9 +157,11 @@ class AdaClusterAttention(nn.Module):
         """
         if query is not key or key is not value:
             raise TypeError("`query`, `key` and `value` must be the same tensor: clusters are of one sequence")
+        cluster_input = self.clusters.input(cluster_input)
         if query.is_nested:
             dense, padding = padded(query)
-            out, _ = self._batch_first(dense, padding, False, None, False, is_causal, state, dense)
+            source = dense if cluster_input is None else padded(cluster_input)[0]
+            out, _ = self._batch_first(dense, padding, False, None, False, is_causal, state, source)
             return nested_again(out, padding), None
         x = query if self.batch_first else query.transpose(0, 1)
         check_shape("query", x, "B, N, D", (None, None, self.embed_dim))
@@ -273,7 +275,7 @@ class TimmAdaClusterAttention(nn.Module):
             attn_mask: True where attention is allowed, or added to the logits; broadcastable to (B, H, N, N).
             is_causal: Attend to nothing behind.
             state: Of a stack of layers, instead of `clusters.state`.
-            cluster_input: What is clustered, of the shape of `x`; None: x.
+            cluster_input: What is clustered, of the shape of `x`; None: what `clusters.source` has, or else x.
 
         Raises:
             ValueError: If shapes do not fit.
@@ -284,6 +286,9 @@ class TimmAdaClusterAttention(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         if is_causal:
             attn_mask = _causal(x)
+        cluster_input = self.clusters.input(cluster_input)
+        if cluster_input is not None:
+            check_shape("cluster_input", cluster_input, "B, N, D", x.shape)
         cluster = self.clusters(x if cluster_input is None else cluster_input, state)
         attended = cluster_attention(
             query,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_methods.functional._logits import check_range
 from lightning_methods.functional._shapes import at_least_float32, check_shape
 from lightning_methods.functional.acf_grid import GridLayout
+from lightning_methods.modules._attention import check_heads
 from lightning_methods.modules.acf import AnnotatedLayerNorm, ClusterState
 from lightning_methods.modules.acf_attention import AdaClusterAttention
 
@@ -34,6 +35,9 @@ class ACFLayer(nn.Module):
         clusters: Options of `AdaClusterAttention`; None: ordinary attention.
         layer: Place among the layers with clusters.
         cross: Whether the layer attends to a memory.
+
+    Raises:
+        ValueError: If `num_heads` does not divide `embed_dim`, or the options do not fit each other.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class ACFLayer(nn.Module):
         cross: bool = False,
     ) -> None:
         super().__init__()
+        check_heads(embed_dim, num_heads)
         self.self_attn: nn.MultiheadAttention | AdaClusterAttention
         if clusters is None:
             self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout, batch_first=True)
@@ -360,9 +365,11 @@ class ACFCaptioner(nn.Module):
 
 def _xavier(module: nn.Module) -> None:
     """For all matrices, as the authors start; one-dimensional parameters keep their default."""
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
-            nn.init.xavier_uniform_(parameter)
+            # The maps to queries, keys and values are matrices of their own.
+            for matrix in parameter.chunk(3) if name.endswith("in_proj_weight") else [parameter]:
+                nn.init.xavier_uniform_(matrix)
 
 
 def _positions(length: int, width: int, like: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
-"""TW-BERT's attention, layer and encoder; its frame selector; the queue of momentum features."""
+"""TW-BERT's attention, layer and encoder, and its frame selector."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_methods.functional import (
@@ -405,68 +404,6 @@ class HierarchicalFrameSelector(nn.Module):
         """How many frames are kept, and how they are drawn."""
         kept = f"k={self.k}" if self.k is not None else f"ratio={self.ratio}"
         return f"{kept}, num_samples={self.num_samples}, sigma={self.sigma}, gradient={self.gradient!r}"
-
-
-class MomentumQueue(nn.Module):
-    """Rings of earlier momentum features of videos and texts, the negatives of `video_text_contrastive_loss`.
-
-    Args:
-        embed_dim: E.
-        size: Q; 0 for none.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Example:
-        >>> import torch
-        >>> queue = MomentumQueue(2, size=3)
-        >>> queue.enqueue(torch.eye(2), torch.eye(2))
-        >>> queue.enqueue(torch.full((2, 2), 0.5), torch.eye(2))
-        >>> queue.video
-        tensor([[0.5000, 0.5000],
-                [0.0000, 1.0000],
-                [0.5000, 0.5000]])
-    """
-
-    video: Tensor
-    text: Tensor
-    pointer: Tensor
-
-    def __init__(self, embed_dim: int, size: int) -> None:
-        super().__init__()
-        check_range("embed_dim", embed_dim, 1, float("inf"))
-        check_range("size", size, 0, float("inf"))
-        for name in ("video", "text"):
-            self.register_buffer(name, F.normalize(torch.randn(size, embed_dim), dim=1))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
-
-    @torch.no_grad()
-    def enqueue(self, video: Tensor, text: Tensor) -> None:
-        """Put features in the place of the oldest ones; a queue of size 0 takes none.
-
-        Args:
-            video: Momentum features of videos, normalised, (B, E) with B ≤ Q; with several processes, of all ranks.
-            text: Of their texts, (B, E).
-
-        Raises:
-            ValueError: If shapes do not fit or the batch is larger than the queue.
-        """
-        size, width = self.video.shape
-        check_shape("video", video, "B, E", (None, width))
-        check_shape("text", text, "B, E", video.shape)
-        if not size:
-            return
-        if len(video) > size:
-            raise ValueError(f"`video` must have at most as many rows as the queue, {size}, got {len(video)}")
-        place = (self.pointer + torch.arange(len(video), device=self.pointer.device)) % size
-        self.video.index_copy_(0, place, video.to(self.video))
-        self.text.index_copy_(0, place, text.to(self.text))
-        self.pointer.copy_((self.pointer + len(video)) % size)
-
-    def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        size, width = self.video.shape
-        return f"{width}, size={size}"
 
 
 def _linears(weight: Tensor, bias: Tensor | None) -> list[nn.Linear]:

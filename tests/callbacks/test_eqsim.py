@@ -545,6 +545,22 @@ def test_errors_of_matrices_and_scores(settings: dict[str, Any], message: str) -
         fit(EqSim(**settings))
 
 
+@pytest.mark.parametrize("mode", ["close_far", "all_pairs"])
+def test_probabilities_are_not_taken_for_logits(mode: Any) -> None:
+    def probabilities(step: Any) -> Tensor:
+        return step["output.dots"].softmax(1)
+
+    module = Dual()
+    with pytest.raises(ValueError, match=r"logits as `similarity` at .*these are probabilities.*activation=None"):
+        fit(EqSim(similarity=probabilities, mode=mode), module)
+    assert "training_step" not in vars(module)
+    torch.testing.assert_close(module.state_dict(), Dual().state_dict(), rtol=0, atol=0)
+    # Their logarithms are logits; and where no softmax is taken, probabilities are scores like others.
+    fit(EqSim(similarity=lambda step: probabilities(step).log(), mode=mode))
+    fit(EqSim(similarity=probabilities, mode=mode, activation=None))
+    fit(EqSim(similarity=probabilities, mode="cross_modal"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -219,6 +219,7 @@ WHERE_IT_IS_WRITTEN_DOWN = {
     "no prompts": ({"prompt": None}, "either `prompt` or `snapshot`"),
     "two": ({"snapshot": "module", "prompt": "batch.2"}, "either `prompt` or `snapshot`"),
     "features of a classifier": ({"text_features": TEXT}, "`text_features` only with `snapshot`"),
+    "logits to save": ({"save_teacher": True}, "`save_teacher` only with a module in `prompt`"),
     "a snapshot of the batch": ({"snapshot": "batch.image"}, r"`snapshot` to name a submodule.*'batch\.image'"),
     "a snapshot of an input": ({"snapshot": "module.visual@input"}, "`snapshot` to name a submodule"),
     "features in the batch": ({"snapshot": "module", "text_features": "batch.0"}, "`text_features` to be a Tensor, or"),

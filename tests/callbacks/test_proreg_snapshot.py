@@ -170,7 +170,7 @@ def test_a_checkpoint_without_a_snapshot(tmp_path: Any) -> None:
 
 def test_a_snapshot_that_does_not_fit_the_module_any_more(tmp_path: Any) -> None:
     fit(proreg(snapshot="module"), trainer={"max_epochs": 1}).save_checkpoint(tmp_path / "half.ckpt")
-    with pytest.raises(ValueError, match=r"(?s)snapshot does not fit what `snapshot` names now.*encoder"):
+    with pytest.raises(ValueError, match=r"(?s)snapshot does not fit what `snapshot` or `prompt` is now.*encoder"):
         fit(proreg(snapshot="module.visual", text_features=TEXT), ckpt_path=tmp_path / "half.ckpt")
 
 
@@ -203,6 +203,40 @@ def test_another_classifier_on_resuming_is_noticed(tmp_path: Any) -> None:
     moved.teacher.network[1].running_mean += 1  # buffers count
     assert len(resume(moved)) == 1
     assert not resume(proreg(name="tuning"))  # precomputed logits have none
+
+
+@pytest.mark.filterwarnings("ignore:.*worse than chance")
+def test_a_classifier_is_saved_if_asked(tmp_path: Any) -> None:
+    def build(seed: int) -> ProReg:
+        return proreg(prompt=classifier(seed), inputs="batch.image", save_teacher=True, alpha=2.0)
+
+    def run(method: ProReg, module: Student, **settings: Any) -> Trainer:
+        trainer = Trainer(**QUIET | settings.pop("trainer", {}), callbacks=[method])
+        trainer.fit(module, Batches(batches()), **settings)
+        return trainer
+
+    unbroken, whole = build(3), Student()
+    run(unbroken, whole)
+    run(build(3), Student(), trainer={"max_epochs": 1}).save_checkpoint(tmp_path / "half.ckpt")
+    resumed, again = build(4), Student()  # of other weights: the saved ones win
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Resuming with|.*another prompt classifier")
+        run(resumed, again, ckpt_path=tmp_path / "half.ckpt")
+    assert_same(resumed.teacher.network, classifier(3), rtol=0, atol=0)
+    assert_same(again, whole, rtol=0, atol=0)
+
+
+def test_resuming_with_other_settings_is_said(tmp_path: Any) -> None:
+    fit(proreg(), trainer={"max_epochs": 1}).save_checkpoint(tmp_path / "half.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Resuming with")
+        fit(proreg(), ckpt_path=tmp_path / "half.ckpt")
+    with pytest.warns(
+        UserWarning, match=r"Resuming with ProReg\(.*alpha=2\.0\), but the checkpoint was written with ProReg"
+    ):
+        Trainer(**QUIET, callbacks=[proreg(alpha=2.0)]).fit(
+            Student(), Batches(batches()), ckpt_path=tmp_path / "half.ckpt"
+        )
 
 
 @pytest.mark.parametrize(

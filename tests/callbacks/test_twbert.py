@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance.cases_twbert import FRAMES, PATCHES, WORDS, Fusion, TwoTowers, two_towers
+from conformance.cases_twbert import FRAMES, PATCHES, WORDS, Fusion, Matched, TwoTowers, two_towers
 from plain import fit
 from ranks import on_ranks
 from torch import nn
 
 from lightning_methods.attach import AddressError
 from lightning_methods.callbacks import AlignBeforeFuse, TrajectoryWordAlignment
-from lightning_methods.callbacks.twbert import Queue
+from lightning_methods.callbacks._twbert_parts import Queue
 from lightning_methods.functional import fine_grained_contrastive_loss, trajectory_word_attention
 
 INPUTS = ["batch.video", "batch.text"]
@@ -45,14 +45,14 @@ def distilled(student, slow, columns, tau, alpha):
 class Written(TwoTowers):
     """The same objective, in the training step by hand."""
 
-    def __init__(self, momentum, alpha, weight, fine=0.0):
+    def __init__(self, momentum, alpha, weight, start, fine=0.0):
         super().__init__()
         two = two_towers()[0]
         self.load_state_dict(two.state_dict())
         self.slow = [copy.deepcopy(two).requires_grad_(False)]  # in a list: not a part of the module
         self.tau = nn.Parameter(torch.tensor(0.07))
         self.settings = momentum, alpha, weight, fine
-        self.queue, self.tokens = [], []
+        self.queue, self.tokens = [start], []
         self.seen = 0
 
     def training_step(self, batch, batch_idx):
@@ -64,11 +64,7 @@ class Written(TwoTowers):
         video, text, patches, words = features(self, batch)
         slow_video, slow_text, slow_patches, slow_words = features(slow, batch)
         video, text, slow_video, slow_text = (F.normalize(x, dim=1) for x in (video, text, slow_video, slow_text))
-        old_video, old_text = (
-            (torch.cat(part)[-6:] for part in zip(*self.queue, strict=True))
-            if self.queue
-            else (slow_video[:0], slow_text[:0])
-        )
+        old_video, old_text = (torch.cat(part)[-6:] for part in zip(*self.queue, strict=True))
         alpha *= min(1, self.seen / 3)
         of_video = distilled(video, slow_video, torch.cat([slow_text, old_text]), self.tau, alpha)
         of_text = distilled(text, slow_text, torch.cat([slow_video, old_video]), self.tau, alpha)
@@ -95,14 +91,128 @@ def test_it_trains_as_the_objective_written_out(fine):
         "fine_weight": fine,
         "fine_queue_size": 5,
     }
-    attached, written = two_towers()[0], Written(0.6, 0.4, 0.3, fine)
     align = method(momentum=0.6, vtc_weight=0.3, **(tokens if fine else {}))
+    attached, written = two_towers()[0], Written(0.6, 0.4, 0.3, align._random_rows(torch.zeros(1, 8)), fine)
     fit(attached, align, batches=batches(), max_epochs=2)
     fit(written, batches=batches(), max_epochs=2)
     for name, weight in attached.named_parameters():
         torch.testing.assert_close(weight, written.get_parameter(name), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(align.helpers()["trained"].temperature, written.tau, rtol=1e-4, atol=1e-5)
     assert written.tau.item() != pytest.approx(0.07, abs=1e-6)
+
+
+class TestMatching:
+    """`vtm`: a batch of two has only one choice of negatives; in a larger one they are like what they replace."""
+
+    settings = {  # noqa: RUF012
+        "video_tokens": "module.patch#-1",
+        "text_tokens": "module.word#-1",
+        "matcher": "module.matcher",
+    }
+
+    def test_it_trains_as_the_objective_written_out(self):
+        class WithMatching(Matched):
+            def training_step(self, batch, batch_idx):
+                loss = super().training_step(batch, batch_idx)
+                video, text = self.patch(batch["video"]), self.word(batch["text"])
+                logits = torch.cat([self.matcher(text, part) for part in (video, video.flip(0))])
+                logits = torch.cat([logits, self.matcher(text.flip(0), video)])
+                return loss + 0.4 * F.cross_entropy(logits, torch.tensor([1, 1, 0, 0, 0, 0]))
+
+        attached, written = two_towers(Matched)[0], two_towers(WithMatching)[0]
+        fit(attached, method(vtc_weight=0.0, vtm_weight=0.4, **self.settings), batches=batches(3, 2), max_epochs=2)
+        fit(written, batches=batches(3, 2), max_epochs=2)
+        for name, weight in attached.named_parameters():
+            torch.testing.assert_close(weight, written.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+    def test_negatives_are_like_the_pair(self):
+        seen = []
+
+        class Watched(Matched):
+            def on_train_start(self):
+                self.matcher.register_forward_hook(lambda _, inputs, output: seen.append(inputs))
+
+        align = method(temperature=0.001, momentum=0.0, vtc_weight=0.0, **self.settings)
+        module, (batch,) = two_towers(Watched)[0], batches(1, 5)
+        video, text, patches, words = (part.detach() for part in features(module, batch))
+        fit(module, align, batches=[batch], max_epochs=1)
+        similarity = (F.normalize(text, dim=1) @ F.normalize(video, dim=1).T).fill_diagonal_(-9)
+        own = torch.arange(5)
+        texts, videos = seen[1]  # the first are the module's own
+        torch.testing.assert_close(texts, words[torch.cat([own, own, similarity.argmax(0)])])
+        torch.testing.assert_close(videos, patches[torch.cat([own, similarity.argmax(1), own])])
+        assert not torch.equal(similarity.argmax(0), similarity.argmax(1))
+
+    def test_draws_leave_the_generator_and_differ_from_step_to_step(self):
+        seen = []
+
+        class Watched(Matched):
+            def on_train_start(self):
+                self.matcher.register_forward_hook(lambda _, inputs, output: seen.append(inputs[1]))
+
+        (batch,) = batches(1, 6)
+        align = method(temperature=0.5, vtc_weight=0.0, vtm_weight=1e-9, **self.settings)
+        fit(two_towers(Watched)[0], align, batches=[batch], max_epochs=6)
+        # Which video stands in the place of each: rows 0 to 5 are the videos themselves.
+        chosen = {tuple(torch.cdist(v[6:12].flatten(1), v[:6].flatten(1)).argmin(1).tolist()) for v in seen[1::2]}
+        assert len(chosen) > 1
+        before = torch.get_rng_state()
+        align._generator(torch.device("cpu"), 1)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_one_pair_has_no_negative(self):
+        align, plain = method(**self.settings, vtc_weight=0.0), two_towers(Matched)[0]
+        module = two_towers(Matched)[0]
+        with pytest.warns(UserWarning, match="a batch of one pair has no negative") as caught:
+            fit(module, align, batches=batches(3, 1))
+        assert sum("no negative" in str(warning.message) for warning in caught) == 1
+        fit(plain, batches=batches(3, 1))
+        for name, weight in module.named_parameters():
+            assert torch.equal(weight, plain.get_parameter(name))
+
+    @pytest.mark.parametrize(
+        ("settings", "error", "match"),
+        [
+            ({"matcher": "module.macher"}, AddressError, r"'module\.macher' matches no .* Did you mean"),
+            ({"matcher": "module.*"}, AddressError, r"`matcher` to be one submodule, but 'module\.\*' names 6"),
+            ({"matcher": "module.texts"}, ValueError, r"`matcher\(\.\.\.\)` must have shape \(3B, 2\) = \(12, 2\)"),
+            ({"video_tokens": "module.video"}, ValueError, r"features at 'module\.video' to be \(B, N, D\)"),
+        ],
+    )
+    def test_what_does_not_fit(self, settings, error, match):
+        class Texts(nn.Module):
+            def forward(self, text, video):
+                return text
+
+        class Other(Matched):
+            def __init__(self):
+                super().__init__()
+                self.texts = Texts()
+
+        with pytest.raises(error, match=match):
+            fit(two_towers(Other)[0], method(**{**self.settings, **settings}), batches=batches(1))
+
+    def test_without_tokens(self):
+        with pytest.raises(ValueError, match=r"`matcher` 'module\.matcher' needs `video_tokens` and"):
+            method(matcher="module.matcher", video_tokens="module.patch")
+
+
+@pytest.mark.parametrize(("every", "updates"), [("batch", 6), ("optimizer_step", 3)])
+def test_how_often_the_teacher_follows(every, updates):
+    """The module stands still, so the teacher comes nearer by `momentum` in each update."""
+
+    class Still(TwoTowers):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def on_train_start(self):
+            with torch.no_grad():
+                self.video.weight.zero_()
+
+    module, align = two_towers(Still)[0], method(momentum=0.5, ema_every=every, widths=[8, 8])
+    start = module.video.weight.detach().clone()
+    fit(module, align, batches=batches(6), max_epochs=1, limit_train_batches=6, accumulate_grad_batches=2)
+    torch.testing.assert_close(align.teacher.network.video.weight, start / 2**updates)
 
 
 def test_the_temperature_stays_in_its_range():
@@ -126,7 +236,7 @@ def test_projections_are_trained_and_in_no_checkpoint_of_the_module():
 class TestQueue:
     def test_it_holds_the_latest(self):
         queue, pushed = Queue(5), []
-        for size in (2, 2, 3, 0, 7, 1):
+        for size in (2, 2, 3, 0, 5, 1):
             rows = torch.arange(len(pushed), len(pushed) + size)
             pushed += rows.tolist()
             queue.push(rows, rows.float()[:, None])
@@ -141,16 +251,45 @@ class TestQueue:
 
     def test_state(self):
         queue, other = Queue(3), Queue(3)
-        queue.push(torch.arange(4))
+        queue.push(torch.arange(2))
+        queue.push(torch.arange(2, 4))
         other.load_state_dict(queue.state_dict())
         queue.push(torch.arange(4, 6))
         assert other.rows(torch.zeros(0))[0].tolist() == [3, 1, 2]
+
+    def test_it_is_no_shorter_than_the_batch(self):
+        with pytest.raises(ValueError, match="at least as long as the batch of all ranks, 4, or 0, but it is 3"):
+            fit(two_towers()[0], method(queue_size=3), batches=batches())
 
     def test_rows_of_another_length(self):
         queue = Queue(3)
         queue.push(torch.zeros(2, 4, 3))
         with pytest.raises(ValueError, match=r"rows of shape \[4, 3\].* got \[5, 3\]; pad all batches"):
             queue.rows(torch.zeros(2, 5, 3))
+
+
+def start_on(rank):
+    torch.manual_seed(rank)
+    before = torch.get_rng_state()
+    rows = method(queue_size=50)._random_rows(torch.zeros(1, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+    return rows
+
+
+def test_the_queue_begins_with_unit_rows_the_same_on_all_ranks():
+    (video, text), other = on_ranks(start_on)
+    assert torch.equal(video, other[0])
+    assert torch.equal(text, other[1])
+    for rows in (video, text):
+        assert rows.shape == (50, 8)
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(50))
+        assert rows.mean().abs() < 0.1
+    assert (video * text).sum(1).abs().mean() < 0.5
+    align = method(queue_size=50)
+    fit(two_towers()[0], align, batches=batches(2), max_epochs=1)
+    for now, start in zip(align._pairs.rows(video, text), (video, text), strict=True):
+        assert torch.equal(now[8:], start[8:])
+        assert not (now[:8] == start[:8]).any()
 
 
 def queue_on(rank):
@@ -179,6 +318,7 @@ def test_the_queues_of_two_ranks_hold_the_same_pairs():
         ({"alpha": 1.5}, "`alpha`.*1.5"),
         ({"queue_size": -1}, "`queue_size`.*-1"),
         ({"fine_queue_size": -1}, "`fine_queue_size`.*-1"),
+        ({"ema_every": "epoch"}, "`ema_every`.*'epoch'"),
         ({"widths": [8]}, r"`widths`.*\[8\]"),
         ({"momentum": 2.0}, "`momentum`.*2.0"),
         ({"fine_weight": 1.0, "video_tokens": "module.patch"}, "`fine_weight` 1.0 needs `video_tokens`"),

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lightning_methods.cli import main
-from lightning_methods.commands import _score_parts
+from lightning_methods.commands import _progress, _score_parts, eval_eqben
 from lightning_methods.datamodules import SyntheticEqBen
 from lightning_methods.datamodules._text_image import read_image
 
@@ -399,8 +399,22 @@ def test_an_image_that_cannot_be_read_is_one_sentence(user, tmp_path, capsys, wo
     more = "--num-workers", workers
     assert run("my_model:scores", tmp_path / "image", tmp_path / "ann.json", tmp_path / "out", *more) == 1
     error = capsys.readouterr().err
-    assert f"image {tmp_path / 'image' / QUADS[0][0]} cannot be decoded" in error
+    assert error.startswith(f"error: image {tmp_path / 'image' / QUADS[0][0]} cannot be decoded")
     assert len(error.splitlines()) == 1
+
+
+def test_no_more_workers_than_processors(monkeypatch):
+    """PyTorch warns about more, twice a call."""
+    given = ["--model", "m:f", "--root", ".", "--annotation", "a.json"]
+    for processors, expected in ((1, 1), (64, 4), (None, 1)):
+        monkeypatch.setattr("os.cpu_count", lambda found=processors: found)
+        assert eval_eqben._parser().parse_args(given).num_workers == expected
+
+
+def test_a_device_that_is_not_there_is_one_sentence(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval-eqben", "--model", "m:f", "--root", ".", "--annotation", "a.json", "--device", "gpu"])
+    assert "argument --device: 'gpu' is no device of this machine: Expected one of cpu" in capsys.readouterr().err
 
 
 def test_missing_data_leaves_no_folder(user, tmp_path, capsys):
@@ -427,7 +441,7 @@ def test_without_transformers(world, monkeypatch, tmp_path, capsys):
 
 
 def test_without_rich(world, user, monkeypatch, tmp_path):
-    monkeypatch.setattr(_score_parts, "find_spec", lambda name: None)
+    monkeypatch.setattr(_progress, "find_spec", lambda name: None)
     annotation = world / "eqben/annotation/eqbensd.json"
     assert run("my_model:scores", world / "eqben/images", annotation, tmp_path / "out") == 0
 

@@ -33,10 +33,31 @@ class Tagger(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+class PreNorm(Tagger):
+    """Two of torch's pre-norm blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True, norm_first=True) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
 def tagger(timm: bool = False, **settings: object) -> Case:
     torch.manual_seed(0)
     module, batch = Tagger(timm), (torch.randn(8, 9, 8), torch.arange(8) % 3)
     return Case(AdaClustFormer("module.layers.*", **settings), module, batch)
+
+
+def pre_norm(**settings: object) -> Case:
+    torch.manual_seed(0)
+    module, batch = PreNorm(), (torch.randn(8, 9, 8), torch.arange(8) % 3)
+    return Case(AdaClustFormer("module.layers.*.self_attn", **settings), module, batch)
 
 
 CASES = {
@@ -45,6 +66,7 @@ CASES = {
         timm=True, kind="grid", grid_size=[2, 4], prefix_tokens=1, init_bias=1.0, normalize=True
     ),
     "AdaClustFormer-alone": lambda: tagger(monotone=False, init_bias=1.0, norm="layer"),
+    "AdaClustFormer-residual": lambda: pre_norm(clusters_from="module.layers.*", init_bias=1.0),
 }
 
 YAML = {
@@ -55,5 +77,6 @@ YAML = {
         "prefix_tokens": 1,
         "init_bias": 4.0,
         "monotone": False,
+        "clusters_from": ["module.encoder.layers.*"],
     },
 }

@@ -33,7 +33,31 @@ class TwoTowers(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def two_towers() -> tuple[TwoTowers, dict[str, Tensor]]:
+class Matcher(nn.Module):
+    """Whether texts belong to videos, from tokens of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, text: Tensor, video: Tensor, mask: Tensor | None = None) -> Tensor:
+        weights = torch.ones_like(text[..., :1]) if mask is None else mask[..., None].to(text.dtype)
+        return self.head(torch.cat([(weights * text).sum(1).tanh(), video.mean(1).tanh()], 1))
+
+
+class Matched(TwoTowers):
+    """The same with a matcher, which by itself sees pairs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matcher = Matcher()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        pairs = self.matcher(self.word(batch["text"]), self.patch(batch["video"]), batch.get("mask"))
+        return super().training_step(batch, batch_idx) + 0.1 * pairs.square().mean()
+
+
+def two_towers(kind: type[TwoTowers] = TwoTowers) -> tuple[TwoTowers, dict[str, Tensor]]:
     torch.manual_seed(0)
     batch = {
         "video": torch.randn(8, FRAMES * PATCHES, 5),
@@ -41,11 +65,11 @@ def two_towers() -> tuple[TwoTowers, dict[str, Tensor]]:
         "mask": torch.ones(8, WORDS, dtype=torch.long),
     }
     batch["mask"][::2, 2:] = 0
-    return TwoTowers(), batch
+    return kind(), batch
 
 
-def align(**settings: object) -> Case:
-    module, batch = two_towers()
+def align(kind: type[TwoTowers] = TwoTowers, **settings: object) -> Case:
+    module, batch = two_towers(kind)
     given = {"inputs": ["batch.video", "batch.text"], "queue_size": 20, "momentum": 0.5, **settings}
     return Case(AlignBeforeFuse("module.video", "module.text", **given), module, batch)
 
@@ -88,7 +112,14 @@ CASES = {
         fine_weight=0.5,
         fine_queue_size=12,
     ),
-    "AlignBeforeFuse-widths": lambda: align(widths=[8, 8], embed_dim=4, queue_size=0),
+    "AlignBeforeFuse-vtm": lambda: align(
+        Matched,
+        video_tokens="module.patch#-1",
+        text_tokens="module.word#-1",
+        text_mask="batch.mask",
+        matcher="module.matcher",
+    ),
+    "AlignBeforeFuse-widths": lambda: align(widths=[8, 8], embed_dim=4, queue_size=0, ema_every="optimizer_step"),
 }
 
 YAML = {
@@ -104,6 +135,9 @@ YAML = {
         "text": "module.text_proj",
         "inputs": ["batch.video", "batch.text"],
         "widths": [768, 512],
+        "video_tokens": "module.video_tokens",
+        "text_tokens": "module.text_tokens",
+        "matcher": "module.matcher",
         "queue_size": 4096,
         "alpha": 0.2,
     },

@@ -56,6 +56,7 @@ def test_training_has_captions_as_numbers_and_holds_restval(coco):
     (batch,) = module.train_dataloader()
     assert sorted(batch["image_id"].tolist()) == [11, 12]
     assert batch["features"].shape == (2, 6, 4)
+    assert batch["feature_mask"].all()
     row = batch["image_id"].tolist().index(11)
     assert torch.equal(batch["features"][row], torch.arange(24).view(6, 4) + 1100.0)
     words = module.vocabulary
@@ -100,6 +101,19 @@ def test_images_in_place_of_features(coco):
     module = data(coco, image_dir=coco, transform=lambda image: torch.tensor(image.getpixel((0, 0))))
     (batch,) = module.train_dataloader()
     assert (batch["image"][:, 0] - batch["image_id"]).abs().max() <= 2
+
+
+def test_regions_are_padded(coco):
+    regions = {11: 3, 12: 5}
+    for number, count in regions.items():
+        np.savez(coco / "features" / f"{number}.npz", feat=np.full((count, 4), number, dtype=np.float32))
+    (batch,) = data(coco).train_dataloader()
+    assert batch["features"].shape == (2, 5, 4)
+    for number, features, mask in zip(*(batch[key] for key in ("image_id", "features", "feature_mask")), strict=True):
+        count = regions[int(number)]
+        assert mask.tolist() == [place < count for place in range(5)]
+        assert features[:count].eq(number).all()
+        assert features[count:].eq(0).all()
 
 
 def test_rare_words_share_a_number(coco):

@@ -17,7 +17,7 @@ RECIPES = sorted(FOLDER.rglob("*.yaml"))
 
 
 def test_there_is_a_recipe_for_every_datamodule():
-    assert len(RECIPES) == 32
+    assert len(RECIPES) == 33
     named = [re.search(r"class_path: lightning_methods\.datamodules\.(\w+)\n", path.read_text())[1] for path in RECIPES]
     assert set(named) == {name for name in datamodules.__all__ if name.endswith("DataModule")}
 

@@ -1,6 +1,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -112,6 +113,20 @@ class TestRetrieval:
         with pytest.raises(ValueError, match=r"train\.jsonl, entry in line 4: there is no 'clip_name'"):
             data(retrieval)
 
+    @pytest.mark.parametrize("caption", ["", " \n"])
+    def test_an_empty_caption_is_named(self, retrieval, caption):
+        path = retrieval / "msrvtt_ret" / "txt" / "train.jsonl"
+        path.write_text(path.read_text() + json.dumps({"caption": caption, "clip_name": "a"}) + "\n")
+        with pytest.raises(ValueError, match=r"train\.jsonl, entry in line 4: 'caption' is empty"):
+            data(retrieval)
+
+    def test_a_clip_in_an_array(self, retrieval):
+        folder = retrieval / "msrvtt_ret" / "videos"
+        (folder / "c.mp4").unlink()
+        np.save(folder / "c.npy", grey(100).permute(0, 2, 3, 1).numpy())
+        (videos,) = data(retrieval, "test").test_dataloader()[0]
+        assert value_of(videos["video"]).tolist() == [[150, 152], [100, 102]]
+
     def test_an_empty_annotation(self, retrieval):
         (retrieval / "msrvtt_ret" / "txt" / "val.jsonl").write_text("\n")
         with pytest.raises(ValueError, match=r"val\.jsonl has no lines"):
@@ -191,6 +206,12 @@ class TestQuestions:
         path = questions / "msvd_qa" / "txt" / "val.jsonl"
         path.write_text(path.read_text().replace('"where"}', '"why"}'))
         with pytest.raises(ValueError, match=r"val\.jsonl, entry in line 2: 'answer_type' must be one of .*'why'"):
+            data(questions, cls=VideoQADataModule, dataset="msvd_qa")
+
+    def test_an_empty_question_is_named(self, questions):
+        path = questions / "msvd_qa" / "txt" / "train.jsonl"
+        path.write_text(path.read_text().replace("what runs", ""))
+        with pytest.raises(ValueError, match=r"train\.jsonl, entry in line 3: 'question' is empty"):
             data(questions, cls=VideoQADataModule, dataset="msvd_qa")
 
     @pytest.mark.parametrize("content", ['{"dog": 0, "man": 2}', '{"dog": 0, "man": 0}', '["dog"]', '{"dog": "0"}'])

@@ -1,7 +1,9 @@
+import sys
+
 import pytest
 import torch
 
-from lightning_methods.datamodules import ObjectStatesDataModule
+from lightning_methods.datamodules import ObjectStatesDataModule, ObjectVideosDataModule
 
 
 def seen(split):
@@ -82,3 +84,47 @@ def test_the_burst_is_checked(burst):
 def test_train_size_is_checked():
     with pytest.raises(ValueError, match="train_size must be at least 1, got 0"):
         ObjectStatesDataModule(train_size=0)
+
+
+class TestVideos:
+    @pytest.fixture(autouse=True)
+    def few(self, monkeypatch):
+        monkeypatch.setattr(ObjectStatesDataModule, "eval_size", 12)
+        monkeypatch.setattr(ObjectVideosDataModule, "eval_size", 12)
+
+    def test_files_show_the_same_world(self):
+        (video, text, target), (codes, *same) = (
+            kind(train_size=1, noise=0.0).splits["test"] for kind in (ObjectVideosDataModule, ObjectStatesDataModule)
+        )
+        assert video.shape == (12, 8, 3, 16, 16)
+        assert torch.equal(text, same[0])
+        assert torch.equal(target, same[1])
+
+        # Read every tile back: its colour from the channels, and which quarter is the brightest.
+        std, mean = (torch.tensor(x).view(3, 1, 1) for x in ((0.269, 0.261, 0.276), (0.481, 0.458, 0.408)))
+        tiles = (video * std + mean).view(12, 8, 3, 4, 2, 2, 4, 2, 2).mean((5, 8))  # rows, upper or lower, columns, ...
+        tiles = tiles.permute(0, 1, 3, 5, 2, 4, 6).reshape(12, 128, 3, 4)
+        colour, quarter = tiles.mean(3), tiles.mean(2).argmax(2)
+        empty = codes.amax(2) < 0.5
+        objects, states = codes[..., :6].argmax(2)[~empty], codes[..., 6:].argmax(2)[~empty]
+        assert colour[empty].amax() < colour[~empty].amax(1).min()
+        assert (quarter[~empty] == states).float().mean() > 0.99
+        bright = (colour[~empty] > 0.5 * colour[~empty].amax(1, keepdim=True)).int()
+        expected = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])[objects]
+        assert (bright == expected).all(1).float().mean() > 0.99
+
+    def test_seeds_draw_the_training_split_alone_and_leave_the_generator(self):
+        torch.manual_seed(3)
+        first = ObjectVideosDataModule(train_size=5).splits
+        drawn = torch.rand(2)
+        torch.manual_seed(3)
+        assert torch.equal(torch.rand(2), drawn)
+        again, other = (ObjectVideosDataModule(train_size=5, seed=seed).splits for seed in (0, 1))
+        for split in first:
+            assert all(map(torch.equal, first[split], again[split]))
+        assert not torch.equal(first["train"][0], other["train"][0])
+
+    def test_without_pyav_the_extra_is_named(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "av", None)
+        with pytest.raises(ModuleNotFoundError, match=r"lightning-methods\[video\]"):
+            ObjectVideosDataModule(train_size=1).setup("fit")

@@ -180,6 +180,32 @@ def test_a_single_image_is_a_video_of_one_frame(tmp_path):
         assert numbers(video.read([0, 0])) == [1, 1]
 
 
+def test_frames_in_an_array(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), dtype=np.uint8)
+    np.save(tmp_path / "clip.npy", frames)
+    expected = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    with open_video(tmp_path / "clip.npy") as video:
+        assert video.num_frames == 7
+        assert torch.equal(video.read([5, 0, 5]), expected[[5, 0, 5]])
+        assert torch.equal(torch.stack(list(video.frames())), expected)
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((2, 4, 6, 3)), r"must hold frames \(T, H, W, 3\), uint8, found \(2, 4, 6, 3\), float64"),
+        (np.zeros((2, 3, 4, 6), np.uint8), r"found \(2, 3, 4, 6\), uint8"),
+        (np.zeros((4, 6, 3), np.uint8), r"found \(4, 6, 3\), uint8"),
+        (np.zeros((0, 4, 6, 3), np.uint8), r"found \(0, 4, 6, 3\), uint8"),
+        (np.array([{}]), r"cannot be read as a \.npy file"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, array, reason):
+    np.save(tmp_path / "clip.npy", array)
+    with pytest.raises(VideoError, match=rf"clip\.npy: .*{reason}"):
+        open_video(tmp_path / "clip.npy")
+
+
 def test_colours_are_rgb_and_grey_images_get_three_channels(tmp_path):
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "0.png")
     Image.new("L", (4, 4), 7).save(tmp_path / "1.png")
@@ -205,6 +231,8 @@ def test_errors_name_the_file_and_the_reason(tmp_path, videos):
         (broken(tmp_path, "text.mp4", b"not a video" * 99), {}, "cannot be decoded"),
         (broken(tmp_path, "cut.mp4", whole[: len(whole) // 2]), {}, "cannot be decoded"),
         (broken(tmp_path, "text.zip", b"not a zip"), {"kind": "zip"}, "cannot be read as a ZIP file"),
+        (broken(tmp_path, "text.npy", b"no array"), {}, "cannot be read as a .npy file"),
+        (broken(tmp_path, "empty.npy", b""), {}, "cannot be read as a .npy file"),
         (videos / "b-frames.mp4", {"kind": "frames"}, "frame b-frames.mp4 cannot be decoded"),
         (videos, {"kind": "video"}, "cannot be"),
     ]:

@@ -1,7 +1,10 @@
+import copy
 import math
+import pickle
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,12 +85,25 @@ class TestCider:
         assert same.per_item.tolist() == cider_d(["a c", "d", "a d"], corpus).per_item.tolist()
         assert same.per_item.tolist() == pytest.approx(plain_cider([["a", "c"], ["d"], ["a", "d"]], texts))
 
+    def test_copies_share_the_table(self):
+        table = document_frequency([["a b"], ["a"]])
+        assert copy.deepcopy(table) is table
+        assert pickle.loads(pickle.dumps(table)) == table
+
+    def test_candidates_may_share_references(self):
+        first, second = ["a b", "a"], ["c d"]
+        shared = cider_d(["a b", "b", "c", "a"], [first, first, second, first])
+        apart = cider_d(["a b", "b", "c", "a"], [list(texts) for texts in (first, first, second, first)])
+        assert shared.per_item.tolist() == apart.per_item.tolist()
+
     def test_one_image_scores_nothing(self):
         assert cider_d(["a b"], [["a b"]]).score == 0
 
     def test_strings_ids_and_bounds(self):
         ids = cider_d([[1, 2, 9], [3, 9]], [[[1, 2, 9]], [[3, 4, 9]]])
         assert ids.per_item.tolist() == cider_d(["x y end", "z end"], [["x y end"], ["z w end"]]).per_item.tolist()
+        tensors = cider_d([torch.tensor([1, 2, 9]), torch.tensor([3, 9])], [torch.tensor([[1, 2, 9]]), [[3, 4, 9]]])
+        assert tensors.per_item.tolist() == ids.per_item.tolist()
         perfect = cider_d(["a b c d", "e f g h"], [["a b c d"], ["e f g h"]])
         assert perfect.per_item.tolist() == pytest.approx([10.0, 10.0])
 
@@ -132,7 +148,7 @@ def test_tokens(text, tokens):
 BAD_CALLS = {
     "numbers differ": (lambda: cider_d(["a"], []), "candidates.*references.*1 and 0"),
     "nothing": (lambda: bleu([], []), "at least one.*0 and 0"),
-    "a bare string": (lambda: bleu("a", [["a"]]), "candidates"),
+    "a bare string": (lambda: bleu("a", [["a"]]), "candidates.*got 'a'"),
     "no reference": (lambda: cider_d(["a"], [[]]), r"references.*\[\].*item 0"),
     "a bare reference": (lambda: bleu(["a", "b"], [["a"], "b"]), "references.*'b'.*item 1"),
     "order": (lambda: bleu(["a"], [["a"]], n=5), r"`n`.*\[1, 4\].*5"),

@@ -9,6 +9,7 @@ from no_sync import NoSync
 
 from lightning_methods.functional import (
     fine_grained_contrastive_loss,
+    hard_negative_matching_loss,
     mask_tokens,
     sample_hard_negatives,
     video_text_contrastive_loss,
@@ -216,6 +217,49 @@ class TestNegatives:
             sample_hard_negatives(randn(4, 4))
 
 
+class TestHardNegatives:
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_is_the_matching_loss_of_pairs_and_sampled_negatives(self, masked):
+        text, video = randn(4, 3, 5).requires_grad_(), randn(4, 6, 2, seed=1).requires_grad_()
+        mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]) if masked else None
+        text_logits, video_logits = 3 * randn(4, 4, seed=2), 3 * randn(4, 4, seed=3)
+        weight = randn(7, 2, seed=4)
+
+        def matcher(words, patches, kept=None):
+            words = words.mean(1) if kept is None else (words * kept[..., None]).sum(1)
+            return torch.cat([words, patches.mean(1)], 1) @ weight
+
+        found = hard_negative_matching_loss(
+            matcher,
+            text,
+            video,
+            text_logits,
+            video_logits,
+            text_mask=mask,
+            generator=torch.Generator().manual_seed(6),
+        )
+        generator = torch.Generator().manual_seed(6)
+        wrong_video = sample_hard_negatives(text_logits, generator=generator)
+        wrong_text = sample_hard_negatives(video_logits, generator=generator)
+        assert not torch.equal(wrong_video, wrong_text)
+        pairs = [(i, i, 1) for i in range(4)]
+        pairs += [(i, int(wrong_video[i]), 0) for i in range(4)] + [(int(wrong_text[i]), i, 0) for i in range(4)]
+        losses = []
+        for i, j, label in pairs:
+            kept = [] if mask is None else [mask[i : i + 1]]
+            losses.append(-matcher(text[i : i + 1], video[j : j + 1], *kept).log_softmax(1)[0, label])
+        expected = torch.stack(losses).mean()
+        close(found, expected)
+        for one, other in zip(
+            torch.autograd.grad(found, (text, video)), torch.autograd.grad(expected, (text, video)), strict=True
+        ):
+            close(one, other)
+
+    def test_never_waits_for_the_device(self):
+        with NoSync():
+            hard_negative_matching_loss(lambda t, v: t[:, 0] + v[:, 0], P[..., :2], P[..., :2], E[:, :2], E[:, :2])
+
+
 class TestMaskTokens:
     @staticmethod
     def draw(probability=0.15, rows=400):
@@ -261,6 +305,7 @@ P, L = torch.zeros(2, 6, 3), torch.zeros(2, 4, 3)
 vtc = video_text_contrastive_loss
 fgc = functools.partial(fine_grained_contrastive_loss, num_frames=2)
 IDS = torch.zeros(2, 3, dtype=torch.long)
+hard = functools.partial(hard_negative_matching_loss, lambda text, video: text[:, 0] + video[:, 0])
 mlm = functools.partial(mask_tokens, mask_id=3, vocab_size=9)
 BAD_CALLS = {
     "vtc shape": (lambda: vtc(E, E[:1], E, E, Z, Z, 1.0), r"`text`.*\(2, 3\).*\(1, 3\)"),
@@ -281,6 +326,13 @@ BAD_CALLS = {
     "matching number": (lambda: video_text_matching_loss(E[:, :2], 3), "num_positive.*3"),
     "negatives shape": (lambda: sample_hard_negatives(E), r"similarity.*\(2, 2\).*\(2, 3\)"),
     "negatives alone": (lambda: sample_hard_negatives(E[:1, :1]), "similarity.*at least 2"),
+    "hard text": (lambda: hard(E, P, E[:, :2], E[:, :2]), r"`text`.*\(2, 3\)"),
+    "hard video": (lambda: hard(P, P[:1], E[:, :2], E[:, :2]), r"`video`.*\(1, 6, 3\)"),
+    "hard text logits": (lambda: hard(P, P, E, E[:, :2]), r"`text_logits`.*\(2, 3\)"),
+    "hard video logits": (lambda: hard(P, P, E[:, :2], E), r"`video_logits`.*\(2, 3\)"),
+    "hard mask": (lambda: hard(P, P, E[:, :2], E[:, :2], text_mask=M), r"`text_mask`.*\(2, 4\)"),
+    "hard matcher": (lambda: hard(P, P, E[:, :2], E[:, :2]), r"`matcher\(\.\.\.\)`.*\(6, 2\).*\(6, 3\)"),
+    "hard alone": (lambda: hard(P[:1], P[:1], E[:1, :1], E[:1, :1]), "at least 2"),
     "floating ids": (lambda: mlm(E, special_mask=IDS), "ids.*float32"),
     "special mask": (lambda: mlm(IDS, special_mask=IDS[:1]), "special_mask"),
     "probability": (lambda: mlm(IDS, special_mask=IDS, probability=2.0), "probability.*2.0"),

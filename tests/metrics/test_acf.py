@@ -86,7 +86,7 @@ def test_given_frequencies_and_tokens():
 
 def test_ids_are_tokens():
     metric = CiderD()
-    metric.update([[1, 2, 9], [3, 9]], [[[1, 2, 9]], [[3, 4, 9]]])
+    metric.update([torch.tensor([1, 2, 9]), [3, 9]], [torch.tensor([[1, 2, 9]]), [[3, 4, 9]]])
     assert metric.compute().item() == pytest.approx(
         cider_d([[1, 2, 9], [3, 9]], [[[1, 2, 9]], [[3, 4, 9]]]).score.item(), rel=1e-6
     )
@@ -96,3 +96,20 @@ def test_orders():
     metric = CaptionBLEU(n=2)
     metric.update(torch.tensor([[1, 2, 3]]).tolist(), [[[1, 2, 4]]])
     assert list(metric.compute()) == ["bleu_1", "bleu_2"]
+
+
+def test_pycocoevalcap_gives_the_same():
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    texts = [text if isinstance(text, str) else " ".join(text) for text in CANDIDATES]
+    references = [[text if isinstance(text, str) else "a cat naps" for text in item] for item in REFERENCES]
+    candidates, truths = ({str(number): item for number, item in enumerate(part)} for part in (texts, references))
+    candidates = {number: [text] for number, text in candidates.items()}
+    metrics = CiderD(tokenizer=str.split), CaptionBLEU(tokenizer=str.split)
+    for metric in metrics:
+        metric.update(texts, references)
+    score, _ = Cider().compute_score(truths, candidates)
+    assert metrics[0].compute().item() == pytest.approx(score, rel=1e-6)
+    scores, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
+    assert [value.item() for value in metrics[1].compute().values()] == pytest.approx(scores, rel=1e-6)

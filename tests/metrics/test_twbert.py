@@ -6,7 +6,7 @@ import torch
 from ranks import on_ranks
 
 from lightning_methods.functional import two_stage_retrieval_metrics
-from lightning_methods.metrics import TextVideoRecall, TwoStageRecall
+from lightning_methods.metrics import AnswerAccuracy, TextVideoRecall, TwoStageRecall
 
 
 def pairs():
@@ -140,6 +140,38 @@ class TestTwoStages:
         assert found["v2t_mean_rank"] == pytest.approx(1.5)
 
 
+def answers(part=slice(None)):
+    generator = torch.Generator().manual_seed(0)
+    metric = AnswerAccuracy()
+    logits = torch.randn(40, 6, generator=generator)
+    target = torch.where(torch.rand(40, generator=generator) < 0.5, logits.argmax(1), -1)
+    kind = torch.randint(4, (40,), generator=generator)  # none asks "when"
+    for rows in torch.arange(40).split([11, 19, 10])[part]:
+        metric.update(logits[rows], target[rows], kind[rows])
+    return metric, logits, target, kind
+
+
+class TestAnswers:
+    def test_is_the_plain_count(self):
+        metric, logits, target, kind = answers()
+        right = [int(row.argmax()) == int(label) for row, label in zip(logits, target, strict=True)]
+        expected = {"accuracy": 100 * np.mean(right)}
+        for number, name in enumerate(("what", "who", "how", "where")):
+            expected[name] = 100 * np.mean([one for one, its in zip(right, kind, strict=True) if its == number])
+        found = values(metric.compute())
+        assert np.isnan(found.pop("when"))
+        assert found == pytest.approx(expected)
+
+    def test_ranks_share_the_work(self):
+        whole = values(answers()[0].compute())
+        for found in on_ranks(lambda rank: values(answers(slice(rank, None, 2))[0].compute())):
+            assert found == pytest.approx(whole, nan_ok=True)
+
+    @pytest.mark.filterwarnings("ignore:The ``compute`` method")
+    def test_before_anything_was_asked(self):
+        assert all(np.isnan(value) for value in values(AnswerAccuracy().compute()).values())
+
+
 X, Y = torch.zeros(2, 3), torch.tensor([0, 1])
 BAD_CALLS = {
     "ks": (lambda: TextVideoRecall(ks=(0,)), r"ks.*\(0,\)"),
@@ -155,6 +187,12 @@ BAD_CALLS = {
     "text_ids": (lambda: TwoStageRecall().update(X, Y, X[:, 0], X[:, 0]), "text_ids"),
     "match": (lambda: TwoStageRecall().update(Y, Y, X, X[:, 0]), "match_scores"),
     "similarities": (lambda: TwoStageRecall().update(Y, Y, X[:, 0], X), "similarities"),
+    "answer types": (lambda: AnswerAccuracy(("who", "who")), "answer_types.*who"),
+    "the name of all": (lambda: AnswerAccuracy(("who", "accuracy")), "answer_types.*accuracy"),
+    "logits": (lambda: AnswerAccuracy().update(X[0], Y, Y), "logits"),
+    "answers": (lambda: AnswerAccuracy().update(X, Y[:1], Y), "target"),
+    "floating answers": (lambda: AnswerAccuracy().update(X, X[:, 0], Y), "target.*float32"),
+    "types": (lambda: AnswerAccuracy().update(X, Y, Y[:1]), "answer_type"),
     "targets": (lambda: TwoStageRecall().update(Y, Y, X[:, 0], X[:, 0], Y[:1]), "target_ids"),
 }
 

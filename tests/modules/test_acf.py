@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from no_sync import NoSync
-from timm.layers import Attention
+from timm.layers import Attention, DiffAttention
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -169,8 +171,10 @@ class TestState:
             assert copied[0].clusters.state is not state
             assert copied[0].clusters.state.before(1) is None
             close([m(x, x, x)[0] for m in copied], [m(x, x, x)[0] for m in modules])
+        assert state.matrix(2).shape == (2, 6, 6)
+        assert not state.matrix(2).requires_grad
         state.clear()
-        assert state.before(3) is None
+        assert state.before(3) is state.matrix(2) is None
 
 
 class TestAttention:
@@ -305,6 +309,15 @@ class TestAttention:
                     found = encoder(x, src_key_padding_mask=padding)
                     close(found[~padding], trained[~padding])
 
+    @pytest.mark.filterwarnings("ignore:.*nested tensors")
+    def test_what_is_clustered_may_be_nested(self):
+        attention = AdaClusterAttention(8, 2)
+        x, other = ([torch.randn(length, 8) for length in (6, 4)] for _ in range(2))
+        nested, source = (torch.nested.nested_tensor(rows) for rows in (x, other))
+        found, _ = attention(nested, nested, nested, cluster_input=source)
+        for row, alone, other_alone in zip(found.unbind(), x, other, strict=True):
+            close(row, attention(*[alone[None]] * 3, cluster_input=other_alone[None])[0][0])
+
     def test_dropout_in_training_only(self):
         attention, x = AdaClusterAttention(8, 2, dropout=0.5), torch.randn(2, 5, 8)
         assert not torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
@@ -423,6 +436,21 @@ BAD_CALLS = {
     "attn_mask": (ValueError, lambda: attend(X, X, X, attn_mask=X[0]), r"attn_mask.*\(5, 5\).*\(5, 8\)"),
     "no multihead": (TypeError, lambda: AdaClusterAttention.from_multihead(nn.Linear(2, 2)), "mha.*Linear"),
     "no timm": (TypeError, lambda: TimmAdaClusterAttention(nn.Linear(2, 2)), "attention.*timm"),
+    "timm with positions": (
+        TypeError,
+        lambda: TimmAdaClusterAttention(RelPosAttention(8, num_heads=2)),
+        "plain Attention, got RelPosAttention with shared_rel_pos",
+    ),
+    "timm with differences": (
+        TypeError,
+        lambda: TimmAdaClusterAttention(DiffAttention(8, 2, norm_layer=nn.LayerNorm)),
+        "DiffAttention with lambda_k1",
+    ),
+    "timm with rotations": (
+        TypeError,
+        lambda: TimmAdaClusterAttention(EvaAttention(8, 2, norm_layer=nn.LayerNorm)),
+        "EvaAttention with .*rope",
+    ),
     "timm x": (ValueError, lambda: TimmAdaClusterAttention(Attention(8, num_heads=2))(X[0]), "`x`"),
 }
 

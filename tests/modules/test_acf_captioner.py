@@ -85,6 +85,12 @@ class TestParts:
         x = decoder.embedding(tokens) * math.sqrt(8) + waves
         close(decoder(tokens, torch.zeros(1, 4, 8)), decoder.head(decoder.norm(x)).log_softmax(-1))
 
+    def test_matrices_start_xavier_uniform_each(self):
+        for name, matrix in captioner(embed_dim=64).named_parameters():
+            if matrix.ndim > 1:
+                for part in matrix.chunk(3) if "in_proj" in name else [matrix]:
+                    assert part.abs().max().item() == pytest.approx(math.sqrt(6 / sum(part.shape)), rel=0.2), name
+
     def test_every_parameter_takes_part(self):
         model = captioner(dropout=0.0, feature_dropout=0.0)
         tokens = torch.tensor([[0, 1, 2, END], [0, 3, END, END]])
@@ -202,6 +208,7 @@ BAD_CALLS = {
     "end": (lambda: captioner(end_id=6), r"end_id.*\[0, 5\].*6"),
     "mask": (lambda: captioner(mask_id=-1), "mask_id.*-1"),
     "length": (lambda: captioner(max_length=0), "max_length.*0"),
+    "heads": (lambda: captioner(num_heads=3), "`num_heads` must divide embed_dim 8, got 3"),
     "beam": (lambda: captioner().beam_search(features(), 0), "beam_size.*0"),
     "samples": (lambda: captioner().sample(features(), 0), "num_samples.*0"),
     "features": (lambda: captioner().greedy(features()[:, :5]), "grid of 2 x 4.*5 tokens"),

@@ -20,6 +20,7 @@ from lightning_methods.modules import (
     TrajectoryWordEncoder,
     TrajectoryWordLayer,
     TrajectoryWordSelfAttention,
+    VideoTextMatcher,
 )
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -298,6 +299,17 @@ class TestQueue:
             queue.enqueue(torch.ones(2, 3), torch.ones(2, 3))
 
 
+class TestMatcher:
+    def test_is_a_linear_map_of_both_cls(self):
+        encoder, (text, video) = TrajectoryWordEncoder(8, 1, 2).eval(), inputs()
+        matcher = VideoTextMatcher(encoder, 8, num_frames=3)
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+        for kept in (None, mask):
+            fused = encoder(text, video, num_frames=3, text_mask=kept)
+            close(matcher(text, video, kept), matcher.head(torch.cat([fused.text[:, 0], fused.video[:, 0]], 1)))
+        assert (matcher(text, video, mask) - matcher(text, video)).abs()[1].max() > 1e-4
+
+
 X = torch.zeros(2, 18, 8)
 drop_in = TrajectoryWordSelfAttention(8, 2, num_frames=3, patches_per_frame=4)
 timm_like = TimmTrajectoryWordAttention(8, 2, num_frames=3, patches_per_frame=4)
@@ -344,6 +356,8 @@ BAD_CALLS = {
     "selector k": (ValueError, lambda: HierarchicalFrameSelector(4, k=0), "`k`.*0"),
     "eval mode": (ValueError, lambda: HierarchicalFrameSelector(4, eval_mode="soft"), "eval_mode.*soft"),
     "selector gradient": (ValueError, lambda: HierarchicalFrameSelector(4, gradient="no"), "gradient.*no"),
+    "matcher width": (ValueError, lambda: VideoTextMatcher(torch.nn.Identity(), 0, 3), "embed_dim.*0"),
+    "matcher frames": (ValueError, lambda: VideoTextMatcher(torch.nn.Identity(), 8, 0), "num_frames.*0"),
     "queue size": (ValueError, lambda: MomentumQueue(3, -1), "size.*-1"),
     "queue width": (ValueError, lambda: MomentumQueue(3, 4).enqueue(X[0, :2], X[0, :2]), "video.*3"),
     "queue rows": (ValueError, lambda: MomentumQueue(8, 4).enqueue(X[0, :2], X[0, :1]), "text"),
