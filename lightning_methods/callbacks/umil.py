@@ -226,6 +226,8 @@ class UMIL(Method):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """Remembers the step's scores, and gives the terms that act in this epoch."""
         self.did_something = True  # it watches before it acts
+        if self.history == "pass" and self._division is None:
+            step[self.inputs]  # a wrong address is told now rather than after some epochs
         bags = self._bags(step)
         division, cells = self._cells(step, bags)
         if step.logs:

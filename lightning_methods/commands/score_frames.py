@@ -6,7 +6,8 @@ import argparse
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,8 +17,16 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lightning_methods._files import claim_folder, replace_file
 from lightning_methods.commands._progress import progress
 from lightning_methods.datamodules import VideoSource
+from lightning_methods.datamodules._scuba_folder import digest
+from lightning_methods.datamodules._video_clips import OnError
 from lightning_methods.datamodules._video_files import VideoKind
-from lightning_methods.datamodules.stillmix_frames import AllFrames, RandomFrames, frame_batches, random_frame_loader
+from lightning_methods.datamodules.stillmix_frames import (
+    AllFrames,
+    RandomFrames,
+    frame_batches,
+    random_frame_loader,
+    split_key,
+)
 from lightning_methods.functional._seeds import seeded
 from lightning_methods.modules import (
     FrameScores,
@@ -30,7 +39,7 @@ from lightning_methods.modules import (
 _PROG = "lightning-methods score-frames"
 _AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 #: Options that may change between a call and its continuation.
-_FREE = ("out", "resume", "workers", "accelerator")
+_FREE = ("out", "resume", "workers", "accelerator", "skip_errors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
@@ -58,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _sentence(error: Exception) -> str:
+    """What is wrong; a process that decodes puts its traceback before."""
+    text = str(error)
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip() if text.startswith("Caught ") else text
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=_PROG,
@@ -66,7 +81,7 @@ def _parser() -> ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--list", required=True, type=Path, metavar="FILE", help="training videos: `folder num_frames label` or ...")
+    add("--list", required=True, type=Path, metavar="FILE", help="lines `folder num_frames label` or `path label`")
     add("--root", required=True, type=Path, metavar="DIR", help="the folder that names in the list are relative to")
     add("--out", required=True, type=Path, metavar="FILE", help="the score file, .npz; FILE.work is kept beside it")
     add("--resume", action="store_true", help="go on with what a stopped call left in FILE.work")
@@ -88,14 +103,16 @@ def _parser() -> ArgumentParser:
     add("--precision", choices=list(_AUTOCAST), default="32-true")
     add("--accelerator", default="auto", help="of Lightning's Trainer")
     add("--workers", type=int, default=4, metavar="N", help="processes that decode")
+    add("--skip-errors", action="store_true", help="go on without videos that cannot be read, and count them")
     add("--videos-per-part", type=int, default=200, metavar="N", help="how many videos are scored between two savings")
     return parser
 
 
 def _run(options: Namespace) -> None:
     source = VideoSource(options.list, options.root, options.kind, options.template)
-    training = RandomFrames(source, resize=options.resize, size=options.size, seed=options.seed)
-    frames = AllFrames(source, size=options.size, every=options.every)
+    on_error: OnError = "skip" if options.skip_errors else "raise"
+    training = RandomFrames(source, resize=options.resize, size=options.size, seed=options.seed, on_error=on_error)
+    frames = AllFrames(source, size=options.size, every=options.every, on_error=on_error)
     work = options.out.with_name(f"{options.out.name}.work")
     network = _network(source, work, options)
     # What is wrong with the options has been said by now: a folder of results is for those that work.
@@ -103,6 +120,8 @@ def _run(options: Namespace) -> None:
     claim_folder(work, settings, resume=options.resume)
     _train(network, training, work, options)
     scores = _score(network, frames, work, options)
+    if unread := {entry.name for entry in frames.videos.entries}.difference(split_key(key)[0] for key in scores.keys):
+        print(f"{len(unread)} of {len(frames)} videos could not be read; first: {min(unread)}", file=sys.stderr)
     save_frame_scores(options.out, scores)
     low, high = scores.top_prob.aminmax()
     print(f"{len(scores.keys)} frames, scored {low:.3g} to {high:.3g}: {options.out}")
@@ -177,12 +196,12 @@ def _score(network: SingleFrameClassifier, frames: AllFrames, work: Path, option
     with progress("videos", 0, len(frames)) as advance:
         for start in range(0, len(frames), options.videos_per_part):
             videos = range(start, min(start + options.videos_per_part, len(frames)))
-            file = work / f"scores-{videos.start:08}-{videos.stop:08}.npz"
+            # Named after its lines, for a list may be mended before a stopped call goes on.
+            lines = digest(*(repr(frames.videos.entries[video]) for video in videos))
+            file = work / f"scores-{videos.start:08}-{lines}.npz"
             if not file.exists():
                 batches = frame_batches(frames, videos, batch_size=options.batch_size, num_workers=options.workers)
-                autocast = _AUTOCAST[options.precision]
-                scores = score_frames(network, batches, temperature=options.temperature, autocast=autocast)
-                save_frame_scores(file, scores)
+                save_frame_scores(file, _score_part(network, batches, options))
             parts.append(load_frame_scores(file))
             advance(len(videos))
     return FrameScores(
@@ -190,3 +209,11 @@ def _score(network: SingleFrameClassifier, frames: AllFrames, work: Path, option
         torch.cat([part.target_prob for part in parts]),
         torch.cat([part.top_prob for part in parts]),
     )
+
+
+def _score_part(network: SingleFrameClassifier, batches: Iterator[Any], options: Namespace) -> FrameScores:
+    first = next(batches, None)
+    if first is None:  # all of its videos were skipped
+        return FrameScores((), torch.zeros(0), torch.zeros(0))
+    autocast = _AUTOCAST[options.precision]
+    return score_frames(network, chain([first], batches), temperature=options.temperature, autocast=autocast)

@@ -21,7 +21,7 @@ from lightning_methods.commands._progress import progress
 from lightning_methods.commands._video_scores import Scorer, ScoringError, load_scorer, score_video
 from lightning_methods.datamodules._video_files import FrameSource, VideoError, open_video
 from lightning_methods.datamodules._wsvad_clips import ClipShape
-from lightning_methods.datamodules._wsvad_lists import read_intervals
+from lightning_methods.datamodules._wsvad_lists import Annotation, read_any_annotations
 from lightning_methods.datamodules._wsvad_sampling import num_cells
 from lightning_methods.functional import FramePieces, frame_level_pieces
 
@@ -90,19 +90,23 @@ def _parser() -> ArgumentParser:
 
 def _run(options: Namespace) -> None:
     names = _names(options)
-    intervals = {} if options.annotation is None else _intervals(options.annotation)
+    annotations = {} if options.annotation is None else _annotations(options.annotation)
     score = load_scorer(options.model, options.checkpoint, options.device)
     claim_folder(options.out, _settings(options), resume=options.resume)
+    for name in names:
+        if options.annotation is not None and name not in annotations:
+            print(f"{name} is not in {options.annotation}: its plot has no anomalies", file=sys.stderr)
     draws = find_spec("matplotlib") is not None
     for path, name in zip(options.videos, names, strict=True):
         table, plot = options.out / f"{name}.csv", options.out / f"{name}.png"
         if table.exists() and (plot.exists() or not draws):
             print(f"{name}: done before -> {table}")
             continue
-        pieces = _pieces(options, path, name, score)
+        annotation = annotations.get(name, Annotation())
+        pieces = _pieces(options, path, name, score, annotation.num_frames)
         replace_file(table, partial(_write_table, pieces))
         if draws:
-            replace_file(plot, partial(_draw, name, pieces, intervals.get(name, ())))
+            replace_file(plot, partial(_draw, name, pieces, annotation.intervals))
         _kept_file(options, name).unlink(missing_ok=True)
         print(_sentence(name, pieces, table))
     if not draws:
@@ -115,6 +119,9 @@ def _names(options: Namespace) -> list[str]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise _InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    absent = next((path for path in options.videos if not path.exists()), None)
+    if absent is not None:  # told before the folder of results is made
+        raise _InputError(f"{absent}: there is no such file or folder")
     names = [path.resolve().name for path in options.videos]
     again = next((name for name in names if names.count(name) > 1), None)
     if again is not None:
@@ -122,9 +129,9 @@ def _names(options: Namespace) -> list[str]:
     return names
 
 
-def _intervals(path: Path) -> Mapping[str, Sequence[tuple[int, int]]]:
+def _annotations(path: Path) -> Mapping[str, Annotation]:
     try:
-        return read_intervals(path)
+        return read_any_annotations(path)
     except ValueError as error:
         raise _InputError(str(error)) from error
 
@@ -146,8 +153,11 @@ def _settings(options: Namespace) -> dict[str, Any]:
     }
 
 
-def _pieces(options: Namespace, path: Path, name: str, score: Scorer) -> FramePieces:
+def _pieces(options: Namespace, path: Path, name: str, score: Scorer, expected: int | None) -> FramePieces:
     with open_video(path) as source:
+        if expected not in (None, source.num_frames):
+            found = f"{path} has {source.num_frames} frames, but {options.annotation} says {expected}"
+            raise _InputError(f"{found}: the anomalies would be drawn in the wrong places")
         frames, scores = source.num_frames, _scores(options, source, name, score)
     index = torch.arange(len(scores))
     values = torch.tensor(scores, dtype=torch.float64)

@@ -1,12 +1,15 @@
 """Video files, read and written through PyAV."""
 
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,8 +37,9 @@ class VideoFile(FrameSource):
         try:
             if not self._container.streams.video:
                 raise VideoError(f"{path}: has no video stream")
-            self._numbers, self._keys, self._key_times = self._index()
-            self.num_frames = len(self._numbers) or sum(1 for _ in self._from_start())
+            self._check_end()
+            self._times, self._keys = self._index()
+            self.num_frames = len(self._times) or sum(1 for _ in self._from_start())
             if not self.num_frames:
                 raise VideoError(f"{path}: has no frames")
         except BaseException:
@@ -49,30 +53,36 @@ class VideoFile(FrameSource):
     def close(self) -> None:
         self._container.close()
 
-    def _index(self) -> tuple[dict[int, int], list[int], list[int]]:
-        """The number of the frame shown at a time; of each frame the number and the time of its key frame.
+    def _check_end(self) -> None:
+        """Refuses the first part of an MP4 file that begins with its index: it would pass for a shorter video."""
+        entries = getattr(self._container.streams.video[0], "index_entries", ())  # not in old releases of PyAV
+        if len(entries):
+            last = entries[len(entries) - 1]
+            size = self.path.stat().st_size
+            if last.pos + last.size > size:
+                raise VideoError(f"{self.path}: is cut off, it has {size} bytes of at least {last.pos + last.size}")
 
-        All empty if times do not identify the frames.
+    def _index(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of each frame the time at which it is shown, and the number of its key frame.
+
+        Both empty if times do not identify the frames. Arrays, since a day of video has millions of frames.
         """
         stream = self._container.streams.video[0]
+        times, are_keys = array("q"), array("b")
+        unknown = False
         with self._explained():
-            packets = [
-                (packet.pts, packet.is_keyframe)
-                for packet in self._container.demux(stream)
-                if packet.size and not packet.is_discard
-            ]
-        unknown = len({time for time, _ in packets} - {None}) != len(packets)
+            for packet in self._container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    unknown |= packet.pts is None
+                    times.append(packet.pts or 0)
+                    are_keys.append(packet.is_keyframe)
+        order = np.argsort(times)
+        shown, is_key = np.asarray(times)[order], np.asarray(are_keys, bool)[order]
         # With B-frames, a packet of an AVI file may hold two frames, or none.
-        if unknown or (self._container.format.name == "avi" and stream.codec_context.has_b_frames):
-            return {}, [], []
-        numbers: dict[int, int] = {}
-        keys: list[int] = []
-        key_times: list[int] = []
-        for number, (time, is_key) in enumerate(sorted(packets)):
-            numbers[time] = number
-            keys.append(number if is_key or not number else keys[-1])
-            key_times.append(time if is_key or not number else key_times[-1])
-        return numbers, keys, key_times
+        avi = self._container.format.name == "avi" and stream.codec_context.has_b_frames
+        if unknown or avi or not np.diff(shown).all():
+            return shown[:0], order[:0]
+        return shown, np.maximum.accumulate(np.where(is_key, np.arange(len(shown)), 0))
 
     def _decode(self, wanted: Sequence[int]) -> dict[int, Tensor]:
         found: dict[int, Tensor] = {}
@@ -90,17 +100,17 @@ class VideoFile(FrameSource):
         """Splits ascending numbers where going to a later key frame saves decoding."""
         runs = [[wanted[0]]]
         for number in wanted[1:]:
-            if self._keys and self._keys[number] > runs[-1][-1] + 1:
+            if len(self._keys) and self._keys[number] > runs[-1][-1] + 1:
                 runs.append([])
             runs[-1].append(number)
         return runs
 
     def _from(self, number: int) -> Iterator[tuple[int, Any]]:
         """Numbered frames, beginning no later than with this one."""
-        if self._keys:
+        if len(self._keys):
             with self._explained():
                 stream = self._container.streams.video[0]
-                self._container.seek(self._key_times[number], stream=stream)
+                self._container.seek(int(self._times[self._keys[number]]), stream=stream)
                 decoded = self._numbered(self._container.decode(stream))
                 first = next(decoded, None)
                 # Formats differ in what they seek by; one that goes too far is read from its start.
@@ -116,7 +126,12 @@ class VideoFile(FrameSource):
 
     def _numbered(self, frames: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         for place, frame in enumerate(frames):
-            yield self._numbers.get(frame.pts, -1) if self._numbers else place, frame
+            yield self._number(frame.pts) if len(self._times) else place, frame
+
+    def _number(self, time: int | None) -> int:
+        """Of the frame that is shown at a time; -1 if there is none."""
+        place = 0 if time is None else int(np.searchsorted(self._times, time))
+        return place if place < len(self._times) and self._times[place] == time else -1
 
     def _pixels(self, frame: Any) -> Tensor:
         pixels = self._reformatter.reformat(frame, format="rgb24").to_ndarray()

@@ -18,10 +18,11 @@ Bag: TypeAlias = dict[str, Tensor]
 
 
 class FeatureFile(NamedTuple):
-    """Where the features of a video are, and how many rows they have."""
+    """Where the features of a video are, how many rows they have, and how wide these are."""
 
     path: Path
     rows: int
+    width: int
 
 
 class FeatureBags(Dataset[Bag]):
@@ -109,8 +110,8 @@ def find_features(
 
     Raises:
         FileNotFoundError: Files are missing; the message counts them and shows the first.
-        ValueError: Two videos have one name; a file is damaged or has another shape, or, with `frames_per_row`, as many
-            rows as a video of another length.
+        ValueError: Two videos have one name; a file is damaged, has another shape or width than the first, or, with
+            `frames_per_row`, as many rows as a video of another length.
     """
     name, times = Counter(record.name for record in records).most_common(1)[0]
     if times > 1:
@@ -124,19 +125,23 @@ def find_features(
             f"{len(missing)} of {len(paths)} feature files are missing; first: {missing[0]}. "
             f"Expected one .npy file for each video in {root}, named {file_name!r}"
         )
-    files = [FeatureFile(path, _rows(path, layout)) for path in paths]
+    files = [FeatureFile(path, *_size(path, layout)) for path in paths]
+    other = next((file for file in files if file.width != files[0].width), None)
+    if other is not None:
+        raise ValueError(f"{other.path} has {other.width} features a row, but {files[0].path} has {files[0].width}")
     if frames_per_row is not None:
         for record, file in zip(records, files, strict=True):
             _check_length(record, file, frames_per_row)
     return files
 
 
-def _rows(path: Path, layout: FeatureLayout) -> int:
+def _size(path: Path, layout: FeatureLayout) -> tuple[int, int]:
+    """Rows and their width."""
     values = _load(path, mmap_mode="r")
     if values.ndim != len(layout) or values.dtype.kind != "f" or 0 in values.shape:
         expected = f"numbers with a point, of shape ({', '.join(layout.upper())}), none of them 0"
         raise ValueError(f"{path} must hold {expected}, as `layout` {layout!r} says; got {values.dtype} {values.shape}")
-    return int(values.shape[layout.index("k")])
+    return values.shape[layout.index("k")], values.shape[-1]
 
 
 def _check_length(record: VideoRecord, file: FeatureFile, frames_per_row: int) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from lightning_methods.functional import VideoRecord
 
@@ -56,18 +56,25 @@ def read_temporal_annotations(path: str | Path) -> dict[str, tuple[tuple[int, in
     return dict(lines)
 
 
-def read_intervals(path: Path) -> dict[str, _Intervals]:
-    """Intervals by name of the video, from a list or a file of temporal annotations: whichever it is.
+class Annotation(NamedTuple):
+    """The anomalies of a video, and how many frames it has; None if the file does not say."""
+
+    intervals: _Intervals = ()
+    num_frames: int | None = None
+
+
+def read_any_annotations(path: Path) -> dict[str, Annotation]:
+    """By name of the video, from a list or a file of temporal annotations: whichever it is.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is neither.
     """
     try:
-        return {record.name: record.intervals for record in read_wsvad_list(path)}
+        return {record.name: Annotation(record.intervals, record.num_frames) for record in read_wsvad_list(path)}
     except ValueError as of_list:
         try:
-            return read_temporal_annotations(path)
+            return {name: Annotation(intervals) for name, intervals in read_temporal_annotations(path).items()}
         except ValueError as of_annotations:
             raise ValueError(f"{of_list}; nor are they {of_annotations}") from of_annotations
 

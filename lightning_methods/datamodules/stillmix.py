@@ -251,10 +251,10 @@ class StaticBiasDataModule(VideoListDataModule):
 
         video, label, _, *frame = batch
         prediction = self(video)
-        if frame:
-            report.update(name, prediction, self(still_video(video, *frame)), label)
+        twin = self(still_video(video, *frame)) if frame else None
+        report.update(name, prediction, twin, label)
 
-    with a `metrics.StaticBiasReport`. Sets whose foregrounds conflict are plain test sets: they go into `test`.
+    with a `metrics.StaticBiasReport(scuba, plain=test)`. Sets whose foregrounds conflict go into `test`.
 
     Args:
         train: As in `VideoListDataModule`.

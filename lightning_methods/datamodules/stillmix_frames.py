@@ -4,6 +4,7 @@ A frame's key is `"{video}/{file name}"` where frames are images, and `"{video}/
 the video's name in the list: the keys of the authors' score files.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from lightning_methods.datamodules._video_clips import OnError
 from lightning_methods.datamodules._video_files import FrameSource, VideoError, open_video
 from lightning_methods.datamodules._video_lists import VideoEntry, VideoFinder, locate_videos
 from lightning_methods.datamodules._video_transforms import resized
 from lightning_methods.datamodules.stillmix import VideoSource
-from lightning_methods.functional._logits import check_positive
+from lightning_methods.functional._logits import check_choice, check_positive
 from lightning_methods.functional._seeds import seeded
 
 #: Video files have many frames that are nearly the same; the authors score every 20th.
@@ -36,8 +38,8 @@ class VideoFrameReader:
         source: The list on which the keys were made, and where its videos are.
 
     Raises:
-        KeyError: When called, if the list has no video of a key's name, or the video no such frame.
-        VideoError: When called, if the frame cannot be decoded.
+        VideoError: When called, if the list has no video of a key's name, the video has no such frame, or it cannot be
+            decoded.
     """
 
     source: VideoSource
@@ -45,19 +47,20 @@ class VideoFrameReader:
 
     def __call__(self, key: str) -> tuple[Tensor, int]:
         """The frame, uint8 (3, H, W), and its label."""
-        video, slash, number = key.partition("//")
-        name = ""
-        if not slash:
-            video, _, name = key.rpartition("/")
+        video, number, name = split_key(key)
         if video not in self._labels:
-            raise KeyError(f"{self.source.list_file} has no video {video!r}, of which {key!r} should be a frame")
+            raise VideoError(
+                f"{self.source.list_file} has no video {video!r}, of which {key!r} should be a frame: "
+                f"are the scores those of another data set?"
+            )
         opened = self._opened(video)
-        if slash:
+        if number.isdecimal():
             index = int(number)
         else:
             names = opened.names or ()
             if name not in names:
-                raise KeyError(f"{opened.path} has no frame {name!r}, only {', '.join(names[:3]) or 'numbers'} ...")
+                found = ", ".join(names[:3]) or "numbers"
+                raise VideoError(f"{opened.path} has no frame {name or number!r}, only {found} ...")
             index = names.index(name)
         return opened.read([index])[0], self._labels[video]
 
@@ -83,22 +86,39 @@ class VideoFrameReader:
         return {**vars(self), "_last": None}  # an open file cannot be copied
 
 
+def split_key(key: str) -> tuple[str, str, str]:
+    """The video of a key, and the number of its frame in a video file or its name; "" for the other."""
+    video, slash, number = key.partition("//")
+    if slash:
+        return video, number, ""
+    video, _, name = key.rpartition("/")
+    return video, "", name
+
+
 class _Videos:
     """The videos of a source, found on disk."""
 
-    def __init__(self, source: VideoSource) -> None:
-        self.source = source
+    def __init__(self, source: VideoSource, on_error: OnError) -> None:
+        check_choice("on_error", on_error, OnError)
+        self.source, self.on_error = source, on_error
         self.entries = source.entries()
         finder = VideoFinder(Path(source.root).expanduser(), source.kind)
-        found = locate_videos(self.entries, finder, Path(source.list_file), "raise")
-        self.paths = [path for path in found if path is not None]
+        self.paths = locate_videos(self.entries, finder, Path(source.list_file), on_error)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def open(self, index: int) -> tuple[VideoEntry, FrameSource]:
-        opened = open_video(self.paths[index], kind=self.source.kind, template=self.source.template)
-        return self.entries[index], opened
+        entry, path = self.entries[index], self.paths[index]
+        if path is None:
+            raise VideoError(f"video {entry.name} is missing")
+        return entry, open_video(path, kind=self.source.kind, template=self.source.template)
+
+    def excuse(self, error: VideoError) -> None:
+        """Raises the error again, or warns and goes on."""
+        if self.on_error == "raise":
+            raise error
+        warnings.warn(f"skipped: {error}", stacklevel=3)
 
 
 def _frames_of(entry: VideoEntry, opened: FrameSource) -> range:
@@ -119,17 +139,26 @@ class RandomFrames(Dataset[tuple[Tensor, int]]):
         resize: Side of the square.
         size: Side of the crop.
         seed: Of the draws.
+        on_error: "raise" where a video cannot be read, or "skip": the next one in the list takes its place.
 
     Raises:
         ValueError: If the crop does not fit.
         FileNotFoundError: If the list or videos are missing.
     """
 
-    def __init__(self, source: VideoSource, *, resize: int = 256, size: int = 224, seed: int = 0) -> None:
+    def __init__(
+        self,
+        source: VideoSource,
+        *,
+        resize: int = 256,
+        size: int = 224,
+        seed: int = 0,
+        on_error: OnError = "raise",
+    ) -> None:
         check_positive(size=size)
         if size > resize:
             raise ValueError(f"`size` must be at most `resize`, got {size} and {resize}")
-        self.videos = _Videos(source)
+        self.videos = _Videos(source, on_error)
         self.resize, self.size, self.seed = resize, size, seed
 
     def __len__(self) -> int:
@@ -138,6 +167,14 @@ class RandomFrames(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
         """The frame, uint8 (3, size, size), and its label."""
         epoch, index = place
+        for shift in range(len(self)):
+            try:
+                return self._draw(epoch, (index + shift) % len(self))
+            except VideoError as error:
+                self.videos.excuse(error)
+        raise VideoError(f"none of the {len(self)} videos in {self.videos.source.list_file} can be read")
+
+    def _draw(self, epoch: int, index: int) -> tuple[Tensor, int]:
         generator = seeded("frame", self.seed, epoch, index)
         entry, opened = self.videos.open(index)
         with opened:
@@ -184,14 +221,17 @@ class AllFrames(Dataset[tuple[Tensor, Tensor, list[str]]]):
         source: The videos.
         size: Frames are resized to this square, without a crop; the aspect ratio is not kept.
         every: Take every so many frames; None: every 20th of a video file, and all images.
+        on_error: "raise" where a video cannot be read, or "skip": it has no frames then.
 
     Raises:
         FileNotFoundError: If the list or videos are missing.
     """
 
-    def __init__(self, source: VideoSource, *, size: int = 224, every: int | None = None) -> None:
+    def __init__(
+        self, source: VideoSource, *, size: int = 224, every: int | None = None, on_error: OnError = "raise"
+    ) -> None:
         check_positive(size=size, every=1 if every is None else every)
-        self.videos = _Videos(source)
+        self.videos = _Videos(source, on_error)
         self.size, self.every = size, every
 
     def __len__(self) -> int:
@@ -199,6 +239,13 @@ class AllFrames(Dataset[tuple[Tensor, Tensor, list[str]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, list[str]]:
         """Frames uint8 (n, 3, size, size), labels (n,) and n keys."""
+        try:
+            return self._all(index)
+        except VideoError as error:
+            self.videos.excuse(error)
+        return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), []
+
+    def _all(self, index: int) -> tuple[Tensor, Tensor, list[str]]:
         entry, opened = self.videos.open(index)
         with opened:
             stride = self.every or (1 if opened.names else VIDEO_FILE_STRIDE)

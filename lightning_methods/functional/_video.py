@@ -97,8 +97,8 @@ def blend(values: Tensor, other: Tensor, weight: float | Tensor, apply: Tensor |
     return torch.lerp(other, values, per_sample(weight, values))
 
 
-def still_frame(videos: Tensor, frame_index: int | Tensor, layout: Layout) -> Tensor:
-    """One frame of each clip, with a time dimension of 1; `frame_index` is an int, (B,) or, with clips, (B, N)."""
+def one_frame(videos: Tensor, frame_index: int | Tensor, layout: Layout) -> Tensor:
+    """One frame of each clip, with a time dimension of 1; `frame_index` is one number, (B,) or, with clips, (B, N)."""
     time = layout.index("t")
     length = videos.shape[time]
     if not isinstance(frame_index, Tensor):
@@ -107,7 +107,7 @@ def still_frame(videos: Tensor, frame_index: int | Tensor, layout: Layout) -> Te
         return videos.narrow(time, frame_index, 1)
     check_integer("frame_index", frame_index)
     clips = videos.shape[: len(layout) - 4]
-    if frame_index.shape not in (clips, clips[:1]):
+    if frame_index.shape not in (clips, clips[:1], ()):
         raise ValueError(f"`frame_index` must have shape {tuple(clips)}, got {tuple(frame_index.shape)}")
     index = frame_index.long().reshape(*frame_index.shape, *[1] * (videos.ndim - frame_index.ndim))
     shape = [1 if dim == time else size for dim, size in enumerate(videos.shape)]
@@ -121,12 +121,15 @@ def still_frame(videos: Tensor, frame_index: int | Tensor, layout: Layout) -> Te
 
 
 def broadcast_masks(masks: Tensor, videos: Tensor, layout: Layout) -> Tensor:
-    """Boolean masks without channels, and with or without time, in the dimensions of the videos."""
+    """Boolean masks with one channel or none, and with or without time, in the dimensions of the videos."""
     channel, time = layout.index("c"), layout.index("t")
     moving = videos.shape[:channel] + videos.shape[channel + 1 :]
     still = tuple(size for dim, size in enumerate(videos.shape) if dim not in (channel, time))
+    given = masks.shape
+    if masks.ndim == videos.ndim and masks.shape[channel] == 1:
+        masks = masks.squeeze(channel)
     if masks.dtype != torch.bool or masks.shape not in (moving, still):
-        found = f"{tuple(masks.shape)} of {masks.dtype}"
+        found = f"{tuple(given)} of {masks.dtype}"
         raise ValueError(f"`masks` must be boolean and of shape {still} or {tuple(moving)}, got {found}")
     if masks.shape == still:
         masks = masks.unsqueeze(-3)

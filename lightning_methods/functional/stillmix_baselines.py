@@ -25,10 +25,10 @@ from lightning_methods.functional._video import (
     check_lam,
     check_permutation,
     check_videos,
+    one_frame,
     per_sample,
     permuted,
     soft_targets,
-    still_frame,
 )
 
 
@@ -182,7 +182,7 @@ def background_erase(
 
     Args:
         videos: x, floating, of shape `layout`.
-        frame_index: t, an int for all, or integers (B,), or (B, N) for the layout "bncthw".
+        frame_index: t, one number for all, or integers (B,), or (B, N) for the layout "bncthw".
         lam: λ in [0, 1], a number or a tensor of one value or (B,). The comparison draws 0.3 · Beta(1, 1) once for
             a batch.
         apply: Which samples to mix, boolean (B,); None: all.
@@ -199,7 +199,7 @@ def background_erase(
     check_videos(videos, layout)
     check_lam(lam, videos)
     check_apply(apply, videos)
-    return blend(videos, still_frame(videos, frame_index, layout), 1 - lam, apply)
+    return blend(videos, one_frame(videos, frame_index, layout), 1 - lam, apply)
 
 
 def fame(
@@ -215,7 +215,7 @@ def fame(
     Args:
         videos: Floating, of shape `layout`.
         masks: True in the foreground, as `fame_foreground_mask` returns them: (B, H, W), or (B, N, H, W) for the
-            layout "bncthw"; or one for each frame, the videos' shape without channels.
+            layout "bncthw"; or one for each frame, the videos' shape without channels or with a single one.
         perm: The partner of each sample, integers (B,); its clip may be the sample's own.
         apply: Which samples to mix, boolean (B,); None: all.
         layout: "btchw", "bcthw" or "bncthw".

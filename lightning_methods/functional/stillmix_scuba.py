@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_methods.functional._logits import check_positive, check_range
-from lightning_methods.functional._video import Layout, check_videos, still_frame
+from lightning_methods.functional._video import Layout, check_videos, one_frame
 
 
 class FgValid(NamedTuple):
@@ -49,7 +49,7 @@ def still_video(videos: Tensor, frame_index: int | Tensor, *, layout: Layout = "
         tensor([1., 1., 1.])
     """
     check_videos(videos, layout)
-    return still_frame(videos, frame_index, layout).expand_as(videos)
+    return one_frame(videos, frame_index, layout).expand_as(videos)
 
 
 def replace_background(frames: Tensor, masks: Tensor, background: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def replace_background(frames: Tensor, masks: Tensor, background: Tensor) -> Ten
 
 
 def conflicting_foreground(
-    frames: Tensor, masks: Tensor, still_image: Tensor, still_mask: Tensor, background: Tensor
+    frames: Tensor, masks: Tensor, still_frame: Tensor, still_mask: Tensor, background: Tensor
 ) -> Tensor:
     r"""A moving foreground over the frozen foreground of another video: $m_t x_t + (1 - m_t)(m' z' + (1 - m')\, b)$.
 
@@ -88,7 +88,7 @@ def conflicting_foreground(
     Args:
         frames: x, RGB, uint8 (T, 3, H, W).
         masks: m, 1 in the foreground, (T, H, W), boolean or in [0, 1].
-        still_image: z', a frame of the other video, uint8 (3, h, w), resized like the background.
+        still_frame: z', a frame of the other video, uint8 (3, h, w), resized like the background.
         still_mask: m', its foreground, (h, w), boolean or in [0, 1]; resized to the nearest pixel.
         background: b, RGB, uint8 (3, h, w), resized to (H, W).
 
@@ -106,12 +106,12 @@ def conflicting_foreground(
         tensor([[100,  50,   9]], dtype=torch.uint8)
     """
     _check_frames(frames)
-    _check_image("still_image", still_image)
+    _check_image("still_frame", still_frame)
     moving = _mask("masks", masks, frames[:, 0])
-    frozen = _mask("still_mask", still_mask, still_image[0])[None]
+    frozen = _mask("still_mask", still_mask, still_frame[0])[None]
     if frozen.shape[1:] != frames.shape[2:]:
         frozen = F.interpolate(frozen[None].double(), frames.shape[2:], mode="nearest")[0].to(frozen.dtype)
-    still = _resized("still_image", still_image, frames)
+    still = _resized("still_frame", still_frame, frames)
     ground = _over(still[None], frozen, _resized("background", background, frames))
     return _truncated(_over(frames, moving, ground))
 

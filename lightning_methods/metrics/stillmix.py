@@ -35,9 +35,9 @@ class _PairCounts(Metric):
         for name in ("n", *_NAMES):
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def _count(self, place: tuple[int, ...], scuba_preds: Tensor, scufo_preds: Tensor, target: Tensor) -> None:
+    def _count(self, place: tuple[int, ...], scuba_preds: Tensor, scufo_preds: Tensor | None, target: Tensor) -> None:
         scuba = is_right("scuba_preds", scuba_preds, target)
-        scufo = is_right("scufo_preds", scufo_preds, target)
+        scufo = torch.zeros_like(scuba) if scufo_preds is None else is_right("scufo_preds", scufo_preds, target)
         self.n[place] += len(target)
         self.scuba[place] += scuba.sum()
         self.scufo[place] += scufo.sum()
@@ -83,17 +83,18 @@ class ContrastedAccuracy(_PairCounts):
 
 
 class StaticBiasReport(_PairCounts):
-    """`ContrastedAccuracy` for several kinds of background, and the plain mean over them.
+    """`ContrastedAccuracy` for several kinds of background, the plain mean over them, and accuracy on other sets.
 
     `compute` gives a flat dict, ready for `log_dict`: "KIND/scuba", "KIND/scufo" and "KIND/contrasted" for each kind,
-    and the same under "mean".
+    the same under "mean", and "SET/accuracy" for each set whose clips have no twins.
 
     Args:
         backgrounds: Names of the kinds, such as "places365", "vqgan" and "stripes".
+        plain: Names of sets without twins, such as "iid" and "conflicting".
         kwargs: Of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: If there is no name, a name twice, or "mean" among them.
+        ValueError: If there is no background, a name twice, or "mean" among them.
 
     Example:
         >>> import torch
@@ -104,22 +105,34 @@ class StaticBiasReport(_PairCounts):
         {'places365/contrasted': 1.0, 'stripes/contrasted': 0.5, 'mean/contrasted': 0.75}
     """
 
-    def __init__(self, backgrounds: Sequence[str], **kwargs: Any) -> None:
-        names = list(backgrounds)
-        if not names or len(set(names)) != len(names) or "mean" in names:
-            raise ValueError(f'`backgrounds` must be distinct names, at least one, none of them "mean", got {names}')
+    def __init__(self, backgrounds: Sequence[str], plain: Sequence[str] = (), **kwargs: Any) -> None:
+        names = [*backgrounds, *plain]
+        if not backgrounds or len(set(names)) != len(names) or "mean" in names:
+            raise ValueError(
+                f'`backgrounds` and `plain` must be distinct names, none of them "mean", at least one a background, '
+                f"got {names}"
+            )
         super().__init__((len(names),), **kwargs)
-        self.backgrounds = names
+        self.backgrounds, self.plain = list(backgrounds), list(plain)
 
-    def update(self, background: str, scuba_preds: Tensor, scufo_preds: Tensor, target: Tensor) -> None:
-        """Count a batch of pairs on one kind of background, as in `ContrastedAccuracy`.
+    def update(self, background: str, scuba_preds: Tensor, scufo_preds: Tensor | None, target: Tensor) -> None:
+        """Count a batch of pairs on one kind of background, as in `ContrastedAccuracy`, or of clips of a plain set.
+
+        Args:
+            background: Name of the kind, or of the plain set.
+            scuba_preds: Class indices (B,) or scores (B, K) of the clips.
+            scufo_preds: The same of their twins; None for a plain set.
+            target: Class indices (B,).
 
         Raises:
-            ValueError: If the background is unknown, or shapes or dtypes do not fit.
+            ValueError: If the name is unknown, twins are missing or too much, or shapes or dtypes do not fit.
         """
-        if background not in self.backgrounds:
-            raise ValueError(f"`background` must be one of {self.backgrounds}, got {background!r}")
-        self._count((self.backgrounds.index(background),), scuba_preds, scufo_preds, target)
+        names = self.backgrounds + self.plain
+        if background not in names:
+            raise ValueError(f"`background` must be one of {names}, got {background!r}")
+        if (scufo_preds is None) != (background in self.plain):
+            raise ValueError(f"`scufo_preds` must be None for the sets {self.plain} and for no other: {background!r}")
+        self._count((names.index(background),), scuba_preds, scufo_preds, target)
 
     def compute(self) -> dict[str, Tensor]:
         """The shares by background and name."""
@@ -129,7 +142,9 @@ class StaticBiasReport(_PairCounts):
             for place, background in enumerate(self.backgrounds)
             for name in _NAMES
         }
-        return of_each | {f"mean/{name}": shares[name].mean() for name in _NAMES}
+        pairs = len(self.backgrounds)
+        of_all = {f"mean/{name}": shares[name][:pairs].mean() for name in _NAMES}
+        return of_each | of_all | {f"{name}/accuracy": shares["scuba"][pairs + i] for i, name in enumerate(self.plain)}
 
 
 class PairedContrastedAccuracy(Metric):

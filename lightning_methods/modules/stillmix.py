@@ -185,8 +185,8 @@ class StillMixAugment(VideoAugmentation):
         own, clip = bank.frames.shape[1:], tuple(videos.shape[self.layout.index(dim)] for dim in "chw")
         if own != clip:
             raise ValueError(
-                f"the bank's frames are {_by(own)} and the clips {_by(clip)} (channels, height, width): "
-                f"build the bank in the clips' size, or resize it once"
+                f"the bank's frames are {_by(own)} and the clips {_by(clip)} (channels, height, width; the layout is "
+                f"{self.layout!r}): build the bank in the clips' size, or resize it once"
             )
         labels = bank.targets[draw.indices] if self.mixes_labels and bank.targets is not None else None
         return bank.sample(draw.indices, dtype=videos.dtype), labels
@@ -217,7 +217,10 @@ class StillMixAugment(VideoAugmentation):
         if self.source == "batch":
             other = own[partners]
         else:
-            other = soft_targets(partners.flatten(), self.num_classes, videos.new_empty(partners.numel()))
+            try:
+                other = soft_targets(partners.flatten(), self.num_classes, videos.new_empty(partners.numel()))
+            except ValueError as error:
+                raise ValueError(f"of `bank`, {error}") from error
         if partners.ndim == 2:  # a frame for each clip of the sample
             other = other.reshape(*partners.shape, -1).mean(1)
         return blend(own, other.to(own.dtype), self.label_weight, apply)

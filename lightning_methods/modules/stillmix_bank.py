@@ -299,7 +299,12 @@ class FrameBankSpec:
         frames = torch.empty(0)
         labels: list[tuple[int, int | None]] = []
         for key, place in sorted((key, place) for place, key in enumerate(keys)):
-            item = self.reader(key)
+            try:
+                item = self.reader(key)
+            except KeyError as error:  # from a dictionary, for one
+                raise ValueError(
+                    f"`reader` has no frame {key!r}, which `scores` name: are they of other data?"
+                ) from error
             frame, label = item if isinstance(item, tuple) else (item, None)
             frame = _resized(_one_frame(key, frame), self.size)[0]
             if not labels:

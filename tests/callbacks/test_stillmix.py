@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,7 @@ def test_bad_scores_are_errors_before_training(tmp_path: Path) -> None:
     for spec, message in (
         (FrameBankSpec(tmp_path / "none.npz", read, 3), "none.npz"),
         (recipe(strategy="threshold", low=0.9), "no frame of the 20"),
+        (replace(recipe(), reader={}.__getitem__), "`reader` has no frame .*, which `scores` name"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(StillMix(spec), module=module)

@@ -560,6 +560,7 @@ def test_a_pass_scores_in_eval_mode() -> None:
         ({"bag_ids": lambda step: torch.tensor([0, 1, V])}, r"`bag_ids` at <.*>: `video` must lie in \[0, 6\)"),
         ({"bag_ids": lambda step: torch.tensor([0, 1, -1])}, "`bag_ids` at .* got values from -1 to 1"),
         ({"bag_ids": "batch.id"}, r"'batch\.id': batch is a dict of 3"),
+        ({"history": "pass", "inputs": "batch.clips", "start_epoch": 9}, r"'batch\.clips': batch is a dict of 3"),
         ({"cells_per_video": 3}, r"Expected 3 snippets a bag at 'module\.encoder', .* but got 4.*`frame_index`"),
         ({"cells_per_video": [4, 4, 4, 4, 4, 5]}, "Expected as many snippets a bag"),
         (

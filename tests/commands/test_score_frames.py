@@ -1,5 +1,6 @@
 """`lightning-methods score-frames` on tiny videos: what it writes, and that a stopped call goes on as if it had not."""
 
+import shutil
 import warnings
 
 import pytest
@@ -103,8 +104,9 @@ def test_a_stopped_call_goes_on_and_ends_like_the_unbroken_one(videos, unbroken,
     assert call(videos, out) == 130
     assert "To go on: lightning-methods score-frames --list" in capsys.readouterr().err
     assert not out.exists()
-    kept = {path.name for path in out.with_name("scores.npz.work").iterdir()}
-    assert kept == ({"settings.json", "training.ckpt"} if stop == "training" else {"settings.json", "network.pt", PART})
+    kept = {path.name[:15] for path in out.with_name("scores.npz.work").iterdir()}
+    of_stop = {"training": {"training.ckpt"}, "scoring": {"network.pt", "scores-00000000"}}
+    assert kept == {"settings.json"} | of_stop[stop]
     monkeypatch.undo()
 
     done = []
@@ -115,7 +117,6 @@ def test_a_stopped_call_goes_on_and_ends_like_the_unbroken_one(videos, unbroken,
     assert same_scores(out, unbroken)
 
 
-PART = "scores-00000000-00000002.npz"
 score_frames, train = command.score_frames, command._train
 
 
@@ -126,6 +127,19 @@ def stopping(hook):
         return hook(self, trainer, pl_module)
 
     return stopped
+
+
+def test_a_list_that_was_mended_is_scored_where_it_changed(videos, tmp_path, monkeypatch):
+    out, lines = tmp_path / "scores.npz", (videos / "train.txt").read_text().splitlines()
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert call(videos, out, "--list", str(tmp_path / "list.txt")) == 0
+    (tmp_path / "list.txt").write_text("\n".join([*lines[:3], *lines[4:]]))
+    done = []
+    monkeypatch.setattr(command, "score_frames", lambda *a, **k: done.append(1) or score_frames(*a, **k))
+    assert call(videos, out, "--list", str(tmp_path / "list.txt"), "--resume") == 0
+    assert len(done) == 2, "the first part is as it was"
+    found = {key.partition("/")[0] for key in load_frame_scores(out).keys}
+    assert found == {"v0", "v1", "v2", "v4", "v5"}
 
 
 def test_another_seed_gives_other_scores(videos, unbroken, tmp_path):
@@ -173,6 +187,32 @@ def test_errors_are_a_sentence(videos, tmp_path, more, message, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert not list(tmp_path.iterdir()), "a folder of results is for options that work"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_damaged_video_is_named_without_a_traceback(videos, tmp_path, workers, capsys):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "cut.mp4").write_bytes(b"no video")
+    (tmp_path / "list.txt").write_text("cut.mp4 0\n")
+    given = ("--list", str(tmp_path / "list.txt"), "--root", str(tmp_path / "videos"), "--workers", workers)
+    assert call(videos, tmp_path / "scores.npz", *given) == 1
+    error = capsys.readouterr().err.partition("error: ")[2]
+    assert error.startswith(f"{tmp_path / 'videos' / 'cut.mp4'}: cannot be decoded")
+    assert error.count("\n") == 1
+
+
+def test_videos_that_cannot_be_read_are_skipped_and_counted(videos, unbroken, tmp_path, capsys):
+    lines = (videos / "train.txt").read_text()
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    for name in ("v0", "v1"):  # a whole part
+        (folder / name / "img_00002.png").write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text(f"{lines}v9 3 1\n")
+    given = ("--list", str(tmp_path / "list.txt"), "--root", str(folder), "--skip-errors")
+    assert call(videos, tmp_path / "scores.npz", *given) == 0
+    assert "3 of 7 videos could not be read; first: v0" in capsys.readouterr().err
+    expected = [key for key in load_frame_scores(unbroken).keys if key[:2] not in ("v0", "v1")]
+    assert list(load_frame_scores(tmp_path / "scores.npz").keys) == expected
 
 
 def test_it_is_a_command_of_the_package(capsys):

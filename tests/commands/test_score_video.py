@@ -236,10 +236,17 @@ def test_plot_shows_the_annotated_frames(user, video, tmp_path, form):
     assert (width[1][0] - width[0][0]) / axes == pytest.approx(70 / FRAMES, abs=0.02)
 
 
-def test_plot_without_annotation(user, video, tmp_path):
+def test_plot_without_annotation(user, video, tmp_path, capsys):
     (tmp_path / "annotation.txt").write_text("Other.mp4 50 2 1 9\n")
     assert run(video, annotation="annotation.txt") == 0
     assert not len(red_columns(f"out/{NAME}.png"))
+    assert f"{NAME} is not in annotation.txt: its plot has no anomalies" in capsys.readouterr().err
+
+
+def test_an_annotation_of_another_number_of_frames_is_refused(user, video, tmp_path, capsys):
+    (tmp_path / "annotation.txt").write_text(f"Abuse/{NAME} 150 1 30 60 100 130\n")
+    assert run(video, annotation="annotation.txt") == 1
+    assert f"{NAME} has {FRAMES} frames, but annotation.txt says 150" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_is_the_table(user, video, monkeypatch, capsys):
@@ -369,6 +376,7 @@ def test_memory_does_not_grow_with_the_video(user, monkeypatch):
             return torch.zeros(len(batch["clips"]))
 
         monkeypatch.setattr(user, "brightness", scores)
+        Path(f"{length}.mp4").touch()
         assert run(f"{length}.mp4", batch_size=2, resume=True) == 0
         assert len(sizes) == length // 60
         found[length] = source.most, max(sizes)
@@ -428,10 +436,11 @@ def test_a_module_whose_arguments_the_checkpoint_lacks(user, video, tmp_path, ca
 
 
 def test_videos_that_cannot_be_read(user, video, tmp_path, capsys):
-    assert run(tmp_path / "none.mp4") == 1
+    assert run(video, tmp_path / "none.mp4") == 1
     assert "none.mp4: there is no such file or folder" in capsys.readouterr().err
+    assert not Path("out").exists(), "a folder of results is for videos that are there"
     (tmp_path / "text.mp4").write_text("hello")
-    assert run(tmp_path / "text.mp4", resume=True) == 1
+    assert run(tmp_path / "text.mp4") == 1
     assert "text.mp4: cannot be decoded" in capsys.readouterr().err
     (tmp_path / NAME).write_bytes(video.read_bytes())
     assert run(video, tmp_path / NAME, resume=True) == 1
@@ -442,7 +451,8 @@ def test_a_video_that_ends_early(user, monkeypatch, capsys):
     source = Counted(50)
     source.num_frames, source.frames = 90, Counted(50).frames
     monkeypatch.setattr(score_video, "open_video", lambda path: source)
-    assert run("counted.mp4") == 1
+    source.path.touch()
+    assert run(source.path) == 1
     assert "counted.mp4: ends before frame 54 of 90" in capsys.readouterr().err
 
 

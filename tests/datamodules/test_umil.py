@@ -305,6 +305,7 @@ BAD_FILES = {
         {"frames_per_row": 16},
         r"has 44 rows of 16 frames, 704 in all, but Abuse028_x264.mp4 has 1412 frames in the list: 88 to 89 rows",
     ),
+    "another width": (lambda root: saved(root, np.ones((88, 7))), {}, "npy has 7"),
     "other frames": (lambda root: None, {"frames_per_row": 8}, r"has 88 rows of 8 frames, 704 in all.*1412 frames"),
     "duplicates": (
         lambda root: written(root / "test.txt", UCF_TEST + "Other/Abuse028_x264.mp4 1412 1 1 2 -1 -1\n"),

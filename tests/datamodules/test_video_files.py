@@ -1,4 +1,5 @@
 import random
+import tracemalloc
 import zipfile
 
 import av
@@ -23,8 +24,8 @@ def numbers(frames):
     return (columns * 2 ** torch.arange(6)).sum(-1).tolist()
 
 
-def encode(path, codec="libx264", **options):
-    with av.open(str(path), "w") as container:
+def encode(path, codec="libx264", movflags="", **options):
+    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = 48, 24, "yuv420p"
         for number in range(COUNT):
@@ -241,6 +242,15 @@ def test_errors_name_the_file_and_the_reason(tmp_path, videos):
         assert path.name in str(error.value)
 
 
+def test_the_first_part_of_a_video_is_no_shorter_video(tmp_path):
+    path = encode(tmp_path / "cut.mp4", movflags="faststart", **x264(keyint=1))
+    with av.open(str(path)) as container:
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+    path.write_bytes(path.read_bytes()[: ends[19]])  # twenty whole frames
+    with pytest.raises(VideoError, match=rf"cut\.mp4: is cut off, it has {ends[19]} bytes of at least {max(ends)}"):
+        open_video(path)
+
+
 def test_errors_of_frames_name_them(tmp_path, videos):
     folder = save_frames(tmp_path / "clip", ["0.jpg", "1.jpg"])
     Image.new("RGB", (8, 8)).save(folder / "2.jpg")
@@ -269,8 +279,22 @@ def test_a_frame_that_the_decoder_gives_up_on_is_an_error(videos, monkeypatch):
 
 def test_a_seek_that_goes_too_far_is_made_good(videos):
     with open_video(videos / "intra.mp4") as video:
-        video._key_times = [time + 10 * 512 for time in video._key_times]
+        video._keys = video._keys + 10
         assert numbers(video.read([20])) == [20]
+
+
+def test_a_long_video_takes_few_bytes_a_frame(tmp_path):
+    count = 3000
+    write_video(tmp_path / "long.mkv", (torch.zeros(3, 8, 8, dtype=torch.uint8) for _ in range(count)))
+    tracemalloc.start()
+    try:
+        with open_video(tmp_path / "long.mkv") as video:
+            kept, most = tracemalloc.get_traced_memory()
+            assert video.num_frames == count
+    finally:
+        tracemalloc.stop()
+    assert kept < 40 * count
+    assert most < 80 * count
 
 
 def test_wrong_options(tmp_path):

@@ -327,6 +327,16 @@ class TestActorCutMix:
         assert torch.autograd.gradcheck(lambda v, y: tuple(actor_cutmix(v, y, masks, apply)), inputs)
 
 
+@each_layout
+def test_masks_may_have_a_channel(layout):
+    videos, targets, masks = clips(layout, b=5), labels(5), moving_masks(layout, 5)
+    with_channel = masks.unsqueeze(layout.index("c"))
+    assert fame(videos, with_channel, PERM, layout=layout).equal(fame(videos, masks, PERM, layout=layout))
+    found, expected = (actor_cutmix(videos, targets, given, layout=layout) for given in (with_channel, masks))
+    assert found.videos.equal(expected.videos)
+    assert found.targets.equal(expected.targets)
+
+
 CALLS = {
     "mixup": lambda v, y, a, layout: mixup_videos(v, y, PERM, torch.tensor(0.3), a),
     "videomix": lambda v, y, a, layout: videomix(v, y, PERM, torch.tensor([1, 0, 4, 3]), a),

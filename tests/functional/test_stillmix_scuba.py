@@ -27,12 +27,12 @@ def drawn(*shape, seed=0, high=256):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_still_video_repeats_one_frame_of_each_clip(layout, per_sample):
+@pytest.mark.parametrize("index", [2, torch.tensor(2), torch.tensor([3, 1])])
+def test_still_video_repeats_one_frame_of_each_clip(layout, index):
     videos = torch.rand(LAYOUTS[layout])
     before = videos.clone()
-    chosen = [3, 1] if per_sample else [2, 2]
-    found = still_video(videos, torch.tensor(chosen) if per_sample else 2, layout=layout)
+    chosen = torch.as_tensor(index).expand(2).tolist()
+    found = still_video(videos, index, layout=layout)
     time = layout.index("t")
     for sample, index in enumerate(chosen):
         frame = videos[sample].select(time - 1, index)
@@ -56,7 +56,7 @@ def test_still_video_refuses_what_does_not_fit():
     videos = torch.rand(2, 3, 5, 4, 4)
     with pytest.raises(ValueError, match="`videos` must be floating"):
         still_video(drawn(2, 3, 5, 4, 4), 0)
-    for index in (5, -1, torch.tensor([0, 5])):
+    for index in (5, -1, torch.tensor(5), torch.tensor([0, 5])):
         with pytest.raises(ValueError, match=r"`frame_index` must lie in \[0, 5\)"):
             still_video(videos, index)
     with pytest.raises(ValueError, match="`layout` must be one of"):
@@ -119,7 +119,10 @@ def test_a_still_foreground_of_another_size_is_fitted():
     frames, still = drawn(1, 3, 4, 4), drawn(3, 8, 8, seed=1)
     still_mask = torch.zeros(8, 8, dtype=torch.bool)
     still_mask[:, 4:] = True
-    found = conflicting_foreground(frames, torch.zeros(1, 4, 4), still, still_mask, torch.zeros(3, 4, 4).byte())
+    background = torch.zeros(3, 4, 4).byte()
+    found = conflicting_foreground(
+        frames, torch.zeros(1, 4, 4), still_frame=still, still_mask=still_mask, background=background
+    )
     fitted = np.array(Image.fromarray(still.permute(1, 2, 0).numpy()).resize((4, 4), Image.Resampling.BICUBIC))
     assert torch.equal(found[0, :, :, 2:], torch.from_numpy(fitted).permute(2, 0, 1)[:, :, 2:])
     assert not found[0, :, :, :2].any()
@@ -138,7 +141,7 @@ def test_backgrounds_refuse_what_does_not_fit():
     ]:
         with pytest.raises(ValueError, match=message):
             replace_background(*arguments)
-    with pytest.raises(ValueError, match="`still_image` must be uint8"):
+    with pytest.raises(ValueError, match="`still_frame` must be uint8"):
         conflicting_foreground(frames, masks, image[0], masks[0], image)
     with pytest.raises(ValueError, match=r"`still_mask` must have shape \(4, 4\)"):
         conflicting_foreground(frames, masks, image, masks, image)

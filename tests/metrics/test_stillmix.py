@@ -89,6 +89,18 @@ def test_report_has_every_background_and_their_plain_mean():
     assert numbers(metric.compute()) == pytest.approx(expected)
 
 
+def test_report_has_the_accuracy_of_sets_without_twins():
+    metric, alone = (StaticBiasReport(["stripes", "vqgan"], plain=plain) for plain in (["iid", "conflicting"], []))
+    first, second, third, fourth = batches()
+    for background, batch in (("stripes", first), ("vqgan", second)):
+        metric.update(background, *batch)
+        alone.update(background, *batch)
+    for name, (scuba, _, target) in (("iid", third), ("conflicting", fourth)):
+        metric.update(name, scuba, None, target)
+    of_sets = {"iid/accuracy": plain(flat([third]))["scuba"], "conflicting/accuracy": plain(flat([fourth]))["scuba"]}
+    assert numbers(metric.compute()) == pytest.approx(numbers(alone.compute()) | of_sets)
+
+
 @pytest.mark.filterwarnings("ignore:.*seen no pair")
 def test_a_background_that_was_not_seen_is_nan_alone():
     metric = StaticBiasReport(["a", "b"])
@@ -183,7 +195,10 @@ def test_two_ranks_give_what_one_gives():
 
 ONE = torch.tensor([1])
 BAD_CALLS = {
-    "names": (lambda: StaticBiasReport([]), "`backgrounds` must be distinct names"),
+    "names": (lambda: StaticBiasReport([], ["iid"]), "`backgrounds` and `plain` must be distinct names"),
+    "name of both": (lambda: StaticBiasReport(["a"], ["a"]), "`backgrounds` and `plain`"),
+    "no twins": (lambda: StaticBiasReport(["a"]).update("a", ONE, None, ONE), "`scufo_preds` .* for no other: 'a'"),
+    "twins": (lambda: StaticBiasReport(["a"], ["b"]).update("b", ONE, ONE, ONE), r"None for the sets \['b'\]"),
     "name twice": (lambda: StaticBiasReport(["a", "a"]), "`backgrounds`"),
     "mean": (lambda: StaticBiasReport(["mean"]), "`backgrounds`"),
     "background": (

@@ -307,9 +307,15 @@ def test_errors_where_it_is_made(make, message):
     [
         (lambda: StillMixAugment(), clips(), None, "`bank` is missing"),
         (lambda: StillMixAugment(bank(), label_weight=0.5, num_classes=4), clips(), None, "`bank` has no targets"),
+        (
+            lambda: StillMixAugment(bank(targets=torch.arange(6)), label_weight=0.5, num_classes=4, p=1.0),
+            clips(batch=64),
+            torch.arange(64) % 4,
+            r"of `bank`, `targets` must hold class indices in \[0, 4\)",
+        ),
         (lambda: StillMixAugment(bank()), clips().byte(), None, "`videos` must be floating"),
         (lambda: StillMixAugment(bank()), clips()[0], None, "`videos` must have shape"),
-        (lambda: StillMixAugment(bank()), clips("btchw"), None, "frames are 3 x 6 x 7 and the clips 5 x 6 x 7"),
+        (lambda: StillMixAugment(bank()), clips("btchw"), None, "the clips 5 x 6 x 7 .*layout is 'bcthw'"),
         (lambda: StillMixAugment(source="batch"), clips()[:1], None, "source='batch' .*a single one"),
         (lambda: StillMixAugment(source="batch", label_weight=0.5), clips(), None, "`targets` is missing"),
         (lambda: StillMixAugment(source="batch", label_weight=0.5), clips(), torch.arange(4), "`num_classes`"),

@@ -222,6 +222,12 @@ def test_frames_of_different_sizes_become_those_of_the_clips():
     assert [KEYS[int(frame[0, 0, 0])] for frame in bank.frames] == list(bank.keys)
 
 
+def test_scores_of_other_data_are_refused():
+    reader = dict.fromkeys(KEYS[1:], torch.zeros(3, 4, 4)).__getitem__
+    with pytest.raises(ValueError, match=f"`reader` has no frame '{KEYS[0]}', which `scores` name"):
+        recipe(reader=reader, low=0.0, bank_size=len(KEYS)).build()
+
+
 def test_from_scores_is_the_recipe(tmp_path):
     save_frame_scores(tmp_path / "scores.npz", scores())
     arguments = {"size": 4, "bank_size": 3, "low": 0.25, "seed": 5, "score": "target_prob", "mean": 0.5, "std": 2.0}
