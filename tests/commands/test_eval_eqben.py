@@ -47,6 +47,9 @@ USER = """
     def wrong_embeddings(images, texts):
         return torch.zeros(len(images), 2), torch.zeros(len(images), 3)
 
+    def broken(images, texts):
+        raise ValueError("shapes do not fit")
+
     def undefined(images, texts):
         return [float("nan")] * len(images)
 
@@ -259,6 +262,12 @@ class TestFunctions:
         assert error.startswith("error: ")
         assert all(part in error for part in says.split(" .* "))
         assert len(error.splitlines()) == 1
+
+    def test_an_error_of_the_users_function_is_shown_where_it_was(self, world, user, tmp_path):
+        annotation = world / "eqben/annotation/eqbensd.json"
+        with pytest.raises(RuntimeError, match="my_model:broken failed") as raised:
+            run("my_model:broken", world / "eqben/images", annotation, tmp_path / "out")
+        assert str(raised.value.__cause__) == "shapes do not fit"
 
     def test_undefined_scores_are_wrong_and_said_to_be(self, world, user, tmp_path, capsys):
         annotation = world / "eqben/annotation/eqbensd.json"
