@@ -40,19 +40,18 @@ class Criterion(NamedTuple):
 
     def quad_losses(self, quads: Sequence[Tensor]) -> Tensor:
         """Hinge "pair": the sum of the sides for each quadruple (s00, s01, s10, s11)."""
-        return torch.stack([self.hinged(error) + below for error, below in self._comparisons(quads)]).sum(0)
+        return torch.stack([self.hinged(error) for error in self._errors(quads)] + self._negative(quads)).sum(0)
 
     def mean_loss(self, quads: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
         """The sum of the sides, each a mean over the quadruples, or over those at which `keep` is True."""
         if not quads[1].numel():
             return torch.stack([score.sum() for score in quads]).sum()  # a zero with a graph, not the mean of nothing
-        losses = []
-        for error, below in self._comparisons(quads):
-            if self.hinge == "mean":
-                losses.append(self.hinged(_mean(error, keep)) + _mean(below, keep))
-            else:
-                losses.append(_mean(self.hinged(error) + below, keep))
-        return torch.stack(losses).sum()
+        errors = self._errors(quads)
+        if self.hinge == "mean":
+            losses = [self.hinged(_mean(error, keep)) for error in errors]
+        else:
+            losses = [_mean(self.hinged(error), keep) for error in errors]
+        return torch.stack(losses + [_mean(negative, keep) for negative in self._negative(quads)]).sum()
 
     def all_pairs_loss(self, scores: Tensor) -> Tensor:
         """`mean_loss` over all pairs of a square matrix, in closed form: hinge "mean" of absolute changes only."""
@@ -73,27 +72,32 @@ class Criterion(NamedTuple):
             losses.append(2 * self.hinged(e_squared))
         return torch.stack(losses).sum()
 
-    def _comparisons(self, quads: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """For each two changes that are compared, their squared difference and the penalty for negative ones."""
+    def _errors(self, quads: Sequence[Tensor]) -> list[Tensor]:
+        """For each two changes that are compared, their squared difference."""
         s00, s01, s10, s11 = quads
-        changes = (s00 - s01, s11 - s10, s00 - s10, s11 - s01)
-        compared: Sequence[Tensor] = changes
         if self.relative:
-            compared = [x / (s.abs() + self.eps) for x, s in zip(changes, (s00, s11, s00, s11), strict=True)]
-        text, image, group = [(0, 1)], [(2, 3)], [(2, 0), (1, 3)]
-        sides = self.text_side * text + self.image_side * image + self.group_side * group
-        nothing = s01.new_zeros(())
-        return [
-            (
-                (compared[x] - compared[y]).square(),
-                (-changes[x]).relu() + (-changes[y]).relu() if self.positive_reg else nothing,
-            )
-            for x, y in sides
-        ]
+            i, j = s00.abs() + self.eps, s11.abs() + self.eps
+            a, b, c, d = ((s00 - s01) / i, (s11 - s10) / j, (s00 - s10) / i, (s11 - s01) / j)
+            text, image, group = [a - b], [c - d], [c - a, b - d]
+        else:
+            p, e = s00 - s11, s01 - s10  # of which all differences are made: half of the operations
+            text, image, group = [p - e], [p + e], [e, e]
+        return [error.square() for error in self._sides_of(text, image, group)]
+
+    def _negative(self, quads: Sequence[Tensor]) -> list[Tensor]:
+        """With `positive_reg`, for each two changes that are compared, the penalty for negative ones."""
+        if not self.positive_reg:
+            return []
+        s00, s01, s10, s11 = quads
+        a, b, c, d = ((-change).relu() for change in (s00 - s01, s11 - s10, s00 - s10, s11 - s01))
+        return self._sides_of([a + b], [c + d], [c + a, b + d])
+
+    def _sides_of(self, text: list[Tensor], image: list[Tensor], group: list[Tensor]) -> list[Tensor]:
+        return self.text_side * text + self.image_side * image + self.group_side * group
 
 
 def _mean(values: Tensor, keep: Tensor | None) -> Tensor:
-    if keep is None or not values.ndim:
+    if keep is None:
         return values.mean()
     return torch.where(keep, values, 0).sum() / keep.sum().clamp_min(1)
 
