@@ -99,7 +99,6 @@ def test_orders():
 
 
 def test_pycocoevalcap_gives_the_same():
-    pytest.importorskip("pycocoevalcap")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
 
