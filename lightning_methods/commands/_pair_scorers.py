@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -151,7 +152,10 @@ class _FunctionScorer:
     def _ask(self, images: Sequence[list[Image.Image]], texts: Sequence[list[str]]) -> Tensor | tuple[Tensor, Tensor]:
         """Scores (N,), or unit embeddings of images and texts, (N, D) each."""
         count = sum(map(len, images))
-        result = self.function([image for part in images for image in part], [text for part in texts for text in part])
+        try:
+            result = self.function(list(chain(*images)), list(chain(*texts)))
+        except (ValueError, OSError, ImportError) as error:  # which would be shortened to a sentence: show where it was
+            raise RuntimeError(f"{self.path} failed") from error
         if isinstance(result, (tuple, list)) and len(result) == 2:
             image, text = (torch.as_tensor(part).float().cpu() for part in result)
             if image.ndim == 2 and image.shape == text.shape and len(image) == count:

@@ -1,23 +1,27 @@
-"""A bar for what takes long, where somebody is looking."""
+"""How far something is that takes long: a bar where somebody is looking, else a line a minute."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+_EVERY = 60.0  # seconds
+
 
 @contextmanager
 def progress(title: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, if that is a terminal and rich is installed. Gives a function that advances it.
+    """A bar on stderr if that is a terminal and rich is installed, else lines. Gives a function that advances it.
 
     Args:
         title: Stands in front of the bar.
         done: How far it is at the start.
         total: How far it will be.
     """
-    if find_spec("rich") is None:
-        yield lambda count: None  # noqa: ARG005
+    if find_spec("rich") is None or not sys.stderr.isatty():
+        yield _lines(title, done, total)
         return
     from rich.console import Console
     from rich.progress import (
@@ -29,9 +33,21 @@ def progress(title: str, done: int, total: int) -> Iterator[Callable[[int], None
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
     text = TextColumn("{task.description}", markup=False)
     columns = text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda count: bar.advance(task, count)
+
+
+def _lines(title: str, done: int, total: int) -> Callable[[int], None]:
+    said = time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        if time.monotonic() - said >= _EVERY:
+            said = time.monotonic()
+            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return advance

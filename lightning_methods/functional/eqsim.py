@@ -36,7 +36,7 @@ from lightning_methods.functional._eqsim_checks import (
     check_same_shape,
     check_square_matrix,
 )
-from lightning_methods.functional._eqsim_criterion import Criterion, Hinge, SquaredAsymmetry
+from lightning_methods.functional._eqsim_criterion import CloseAndFar, Criterion, Hinge
 from lightning_methods.functional._index import check_integer, pick
 from lightning_methods.functional._logits import Reduction, check_choice, check_positive, check_range, reduce, upcast
 
@@ -254,15 +254,9 @@ def eqsim_close_far_loss(
     scores = _activate(logits, activation)
     close_index = close_index.long()
     pick("close_index", close_index, scores.detach()[: len(close_index)])  # for its error
-    anchors = len(close_index)
-    i = torch.arange(anchors, device=close_index.device)[:, None].expand_as(close_index)
-    j = close_index
-    # One look-up for all four: the gradient of each would be a matrix of its own.
-    quads = scores.take(torch.stack([i * (size + 1), i * size + j, j * size + i, j * (size + 1)])).unbind()
-    close = criterion.mean_loss(quads)
-
-    asymmetry = SquaredAsymmetry.apply(scores, close_index, exclude) / max(scores.numel(), 1)
-    far = weight / far_scale * (asymmetry - far_margin).clamp_min(0)
+    quads, squares = CloseAndFar.apply(scores, close_index, exclude)
+    close = criterion.mean_loss(quads.unbind())
+    far = weight / far_scale * (squares / max(scores.numel(), 1) - far_margin).clamp_min(0)
     return EqSimTerms(close + far, close, far)
 
 

@@ -47,6 +47,9 @@ USER = """
     def wrong_embeddings(images, texts):
         return torch.zeros(len(images), 2), torch.zeros(len(images), 3)
 
+    def broken(images, texts):
+        raise ValueError("shapes do not fit")
+
     def undefined(images, texts):
         return [float("nan")] * len(images)
 
@@ -260,6 +263,12 @@ class TestFunctions:
         assert all(part in error for part in says.split(" .* "))
         assert len(error.splitlines()) == 1
 
+    def test_an_error_of_the_users_function_is_shown_where_it_was(self, world, user, tmp_path):
+        annotation = world / "eqben/annotation/eqbensd.json"
+        with pytest.raises(RuntimeError, match="my_model:broken failed") as raised:
+            run("my_model:broken", world / "eqben/images", annotation, tmp_path / "out")
+        assert str(raised.value.__cause__) == "shapes do not fit"
+
     def test_undefined_scores_are_wrong_and_said_to_be(self, world, user, tmp_path, capsys):
         annotation = world / "eqben/annotation/eqbensd.json"
         assert run("my_model:undefined", world / "eqben/images", annotation, tmp_path / "out") == 0
@@ -440,10 +449,25 @@ def test_without_transformers(world, monkeypatch, tmp_path, capsys):
     assert 'pip install "lightning-methods[text]"' in capsys.readouterr().err
 
 
-def test_without_rich(world, user, monkeypatch, tmp_path):
+def test_without_rich(world, user, monkeypatch, tmp_path, capsys):
+    """Or without a terminal, as in a job's log."""
     monkeypatch.setattr(_progress, "find_spec", lambda name: None)
+    monkeypatch.setattr(_progress, "_EVERY", 0.0)
     annotation = world / "eqben/annotation/eqbensd.json"
-    assert run("my_model:scores", world / "eqben/images", annotation, tmp_path / "out") == 0
+    quads = len(json.loads(annotation.read_text()))
+    assert run("my_model:scores", world / "eqben/images", annotation, tmp_path / "out", "--batch-size", 2) == 0
+    expected = [f"scoring: {min(done, quads)} of {quads}" for done in range(2, quads + 2, 2)]
+    assert capsys.readouterr().err.splitlines() == expected
+    assert len(expected) > 1
+
+
+def test_lines_come_once_a_minute(monkeypatch, capsys):
+    clock = iter([0, 30, 61, 61, 90, 121, 121])
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: next(clock))
+    with _progress.progress("scoring", 1000, 9000) as advance:
+        for count in (100, 100, 100, 100):
+            advance(count)
+    assert capsys.readouterr().err == "scoring: 1,200 of 9,000\nscoring: 1,400 of 9,000\n"
 
 
 def test_features_without_a_wrapper(clip, world, tmp_path, monkeypatch):
