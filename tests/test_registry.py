@@ -120,6 +120,7 @@ def test_card_has_every_section_in_order(info):
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == CARD
     for number in re.findall(r"arXiv (\d{4}\.\d{5})", info.paper):
         assert number in text
+    assert not re.search(r"^@*[A-Z]+@*$", text, re.MULTILINE), "a place that is still to be filled in"
 
 
 @each_row
