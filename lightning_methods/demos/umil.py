@@ -221,19 +221,21 @@ def experiment(world: str = "bags", *, fast: bool = False, tune: bool = False) -
         worlds=tuple(worlds),
         baselines=() if tune else ("mil",) if world == "limits" else ("mil", "mil-tuned"),
         notes=() if tune else (f"{'; '.join(f'{arm.title}: {arm.about}' for arm in arms.values())}.",),
-        pictures={} if tune or world == "limits" else {"scores": partial(_picture, epochs)},
+        pictures={} if tune else {_PICTURES[world]: partial(_picture, world, epochs)},
         seeds=2 if fast else 4 if tune else 8,
         first_seed=1000 if tune else 0,
     )
 
 
-def _picture(epochs: int) -> Any:
-    # matplotlib comes with the extra of the demos.
-    from lightning_methods.demos.umil_picture import score_maps
+_PICTURES = {"bags": "scores", "limits": "features"}
 
-    return score_maps(
-        {ARMS[name].title: partial(MAIN["main"].train, ARMS[name], epochs=epochs) for name in ("mil", "umil")}
-    )
+
+def _picture(world: str, epochs: int) -> Any:
+    # matplotlib comes with the extra of the demos.
+    from lightning_methods.demos.umil_picture import feature_maps, score_maps
+
+    setup, draw = (MAIN["main"], score_maps) if world == "bags" else (LIMITS["encoder"], feature_maps)
+    return draw({ARMS[name].title: partial(setup.train, ARMS[name], epochs=epochs) for name in ("mil", "umil")})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -180,7 +180,7 @@ class TestCommand:
             umil.LIMIT_ARMS if world == "limits" else umil.ARMS
         )
         pictures = {path.name for path in tmp_path.glob("*.png")}
-        assert pictures == {"result.png"} | ({"scores.png"} if world == "bags" else set())
+        assert pictures == {"result.png", "scores.png" if world == "bags" else "features.png"}
         assert "UMIL" in capsys.readouterr().out
 
     def test_the_search_is_for_the_bags(self, capsys):
