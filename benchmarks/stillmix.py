@@ -69,11 +69,14 @@ def mixing(report: Report, fast: bool) -> None:
     torch.manual_seed(0)
     videos, bank = torch.randn(8, 8, 3, 224, 224), frame_bank(224)
     of_bank = StillMixAugment(bank, layout="btchw")
+    into_batch = StillMixAugment(bank, layout="btchw", inplace=True)
     of_batch = StillMixAugment(source="batch", layout="btchw")
     draw, other = (augment.draw(videos, torch.Generator().manual_seed(0)) for augment in (of_bank, of_batch))
+    own = videos.clone()
     floating = bank.sample(torch.arange(len(bank)))
     calls: dict[str, Callable[[], Tensor]] = {
         "bank": lambda: of_bank(videos, draw=draw),
+        "bank, in place": lambda: into_batch(own, draw=draw),
         "bank, as published": lambda: published(videos, floating[draw.indices], draw),
         "bank, per sample": lambda: per_sample(videos, bank, draw),
         "batch": lambda: of_batch(videos, draw=other),
@@ -90,6 +93,12 @@ def mixing(report: Report, fast: bool) -> None:
         report.add(f"{at}: {name}, ms", 1e3 * turns.seconds(name))
     report.add(f"{at}: bank, times faster than published", turns.ratio("bank, as published", "bank"), at_least=4)
     report.add(f"{at}: batch, times faster than published", turns.ratio("batch, as published", "batch"), at_least=8)
+    report.add(
+        f"{at}: bank in place, times faster than published",
+        turns.ratio("bank, as published", "bank, in place"),
+        at_least=6,
+    )
+    report.add(f"{at}: bank in place, times faster than per sample", turns.ratio("bank, per sample", "bank, in place"))
     report.add(f"{at}: bank, times faster than per sample", turns.ratio("bank, per sample", "bank"), at_least=1)
     report.add(f"{at}: bank, times as long as a copy", turns.ratio("bank", "a copy of the batch"), at_most=2)
 

@@ -82,7 +82,9 @@ def permuted(values: Tensor, perm: Tensor) -> Tensor:
         raise ValueError(f"`perm` must hold indices in [0, {len(values)}), got {found}") from None
 
 
-def blend(values: Tensor, other: Tensor, weight: float | Tensor, apply: Tensor | None) -> Tensor:
+def blend(
+    values: Tensor, other: Tensor, weight: float | Tensor, apply: Tensor | None, *, inplace: bool = False
+) -> Tensor:
     """For the samples in `apply` weight · values + (1 − weight) · other, for the rest the values themselves.
 
     The rest has weight 1, for which `torch.lerp` returns the values bit for bit (as long as `other` is finite), so
@@ -94,7 +96,8 @@ def blend(values: Tensor, other: Tensor, weight: float | Tensor, apply: Tensor |
         weight = torch.full((), weight, dtype=values.dtype, device=values.device)
     if apply is not None:
         weight = torch.where(apply, weight, 1.0)
-    return torch.lerp(other, values, per_sample(weight, values))
+    weight = per_sample(weight, values)
+    return values.lerp_(other, 1 - weight) if inplace else torch.lerp(other, values, weight)
 
 
 def one_frame(videos: Tensor, frame_index: int | Tensor, layout: Layout) -> Tensor:

@@ -63,6 +63,7 @@ def stillmix(
     apply: Tensor | None = None,
     *,
     layout: Layout = "bcthw",
+    inplace: bool = False,
 ) -> Tensor:
     r"""Blend each clip with a motionless video made of one frame; labels stay as they are.
 
@@ -78,9 +79,10 @@ def stillmix(
         lam: λ in [0, 1]; a number, or a tensor of one value or of shape (B,) on the videos' device.
         apply: Which samples to blend, boolean (B,); None: all.
         layout: "btchw", "bcthw" or "bncthw".
+        inplace: Write into `videos`, which saves a second batch. Not for a leaf that needs its gradient.
 
     Returns:
-        A new tensor of the videos' shape and dtype.
+        A new tensor of the videos' shape and dtype; `videos` themselves with `inplace`.
 
     Raises:
         ValueError: If shapes, dtypes or options do not fit, or if a number `lam` leaves [0, 1].
@@ -99,7 +101,7 @@ def stillmix(
     if layout == "bncthw" and frames.ndim == 4:
         frames = frames.unsqueeze(1)
     still = frames.detach().to(videos.dtype).unsqueeze(layout.index("t"))
-    return blend(videos, still, lam, apply)
+    return blend(videos, still, lam, apply, inplace=inplace)
 
 
 def sample_stillmix(

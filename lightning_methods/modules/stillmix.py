@@ -98,6 +98,7 @@ class StillMixAugment(VideoAugmentation):
         label_weight: Less than 1 mixes labels as well: this share of the clip's, the rest that of the frame's. An
             ablation of the authors, who use 0.5 in it.
         num_classes: K, for mixed labels where targets are class indices, and for those of the bank.
+        inplace: Write into the clips that are given, which saves a second batch.
 
     Raises:
         ValueError: If an argument is out of its range; when used, if clips and bank do not fit, or if the only sample
@@ -126,6 +127,7 @@ class StillMixAugment(VideoAugmentation):
         per_sample_lam: bool = False,
         label_weight: float = 1.0,
         num_classes: int | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__(p=p, layout=layout)
         check_choice("source", source, Source)
@@ -141,6 +143,7 @@ class StillMixAugment(VideoAugmentation):
         self.per_sample_lam = per_sample_lam
         self.label_weight = label_weight
         self.num_classes = num_classes
+        self.inplace = inplace
         self.mixes_labels = label_weight < 1
 
     def draw(self, videos: Tensor, generator: torch.Generator | None = None) -> StillMixDraw:
@@ -161,7 +164,7 @@ class StillMixAugment(VideoAugmentation):
     def mix(self, videos: Tensor, targets: Tensor | None, draw: StillMixDraw) -> Mixed:
         """Blended clips; targets as they are, or (B, K) with `label_weight` < 1."""
         frames, partners = self._from_batch(videos, draw) if self.source == "batch" else self._from_bank(videos, draw)
-        mixed = stillmix(videos, frames, draw.lam, draw.apply, layout=self.layout)
+        mixed = stillmix(videos, frames, draw.lam, draw.apply, layout=self.layout, inplace=self.inplace)
         if self.mixes_labels:
             targets = self._mixed_targets(videos, targets, partners, draw.apply)
         return Mixed(mixed, targets)  # type: ignore[arg-type]  # None comes out only where None came in

@@ -142,6 +142,17 @@ class Everywhere(Net):
         return super().training_step((batch["clip"]["rgb"], batch["label"]), batch_idx)
 
 
+def test_in_place_writes_into_the_batch_and_trains_alike() -> None:
+    trained = {}
+    for inplace in (False, True):
+        batches = [(videos.clone(), TARGETS) for videos in VIDEOS]
+        module = train(StillMix(bank(), seed=3, inplace=inplace), batches)
+        assert [seen[0] is given[0] for seen, given in zip(module.seen, batches, strict=True)] == [inplace] * 3
+        assert all(given[0].equal(videos) for given, videos in zip(batches, VIDEOS, strict=True)) is not inplace
+        trained[inplace] = module.net.weight.detach()
+    torch.testing.assert_close(trained[True], trained[False])
+
+
 def test_batches_of_any_form() -> None:
     batches = [{"clip": {"rgb": videos, "fps": 25}, "label": TARGETS} for videos in VIDEOS]
     by_address = train(StillMix(bank(), video="batch.clip.rgb", target="batch.label"), batches, Everywhere())

@@ -74,6 +74,18 @@ class TestAgainstTheDefinition:
         assert stillmix(videos, frames, 1.0).equal(videos)
         close(stillmix(videos, frames, 0.0), frames.unsqueeze(2).expand_as(videos))
 
+    @each_layout
+    @pytest.mark.parametrize("lam", [0.25, torch.tensor([0.0, 0.7, 1.0])])
+    def test_in_place(self, layout, lam):
+        videos, frames = clips(layout)
+        apply = torch.tensor([True, True, False])
+        given = videos.clone()
+        expected = stillmix(given, frames, lam, apply, layout=layout)
+        assert given.equal(videos), "without `inplace` the clips stay as they are"
+        assert stillmix(given, frames, lam, apply, layout=layout, inplace=True) is given
+        close(given, expected)
+        assert given[2].equal(videos[2])
+
     def test_layouts_are_the_same_operation(self):
         videos, frames = clips("bcthw")
         lam, apply = torch.tensor(0.3), torch.tensor([True, False, True])
