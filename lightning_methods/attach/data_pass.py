@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_methods.attach._lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_methods.attach.address import describe
@@ -34,19 +33,6 @@ def training_batches(trainer: Trainer, module: LightningModule) -> Iterator[Any]
             converted = trainer.precision_plugin.convert_input(batch)
             converted = module._on_before_batch_transfer(converted)
             yield trainer.strategy.batch_to_device(converted)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; then every submodule has its own mode again."""
-    before = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 @contextlib.contextmanager

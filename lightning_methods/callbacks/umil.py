@@ -10,11 +10,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_methods._modes import evaluating
 from lightning_methods.attach import AddressLike, Method, Ramp, Step, address
 from lightning_methods.attach._lightning import LightningModule, Trainer
 from lightning_methods.attach.address import Address, AnyAddress, describe
 from lightning_methods.attach.capture import resolve
-from lightning_methods.attach.data_pass import evaluating, training_batches
+from lightning_methods.attach.data_pass import training_batches
 from lightning_methods.callbacks._umil_bags import VIEWS, Bags, as_logits, named, read_bags
 from lightning_methods.functional import (
     snippet_cell_index,

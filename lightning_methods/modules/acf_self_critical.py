@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_methods._modes import evaluating
 from lightning_methods.functional import DocumentFrequency, caption_mask, cider_d, self_critical_loss
 from lightning_methods.functional._index import check_integer
 from lightning_methods.functional._logits import check_choice, check_positive, check_range
@@ -145,16 +146,9 @@ class SelfCriticalLoss(nn.Module):
         return words[: words.index(self.end_id) + 1] if self.end_id in words else words
 
 
-@torch.no_grad()
 def _greedy(model: WritesCaptions, inputs: Any) -> Tensor:
-    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        for part, _ in modes:
-            part.training = False
+    with evaluating(model) if isinstance(model, nn.Module) else torch.no_grad():
         return model.greedy(inputs)[0]
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _paired(first: Tensor, second: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_methods._files import replace_file
+from lightning_methods._modes import evaluating
 from lightning_methods.functional import frame_bias_scores
 
 
@@ -33,7 +34,6 @@ class FrameScores(NamedTuple):
         return f"FrameScores(of {len(self.keys)} frames)"
 
 
-@torch.no_grad()
 def score_frames(
     model: nn.Module,
     loader: Iterable[Any],
@@ -61,11 +61,9 @@ def score_frames(
         ('000000000', '000000001')
     """
     place = next(iter(model.parameters()), torch.empty(0)).device
-    modes = {part: part.training for part in model.modules()}
     keys: list[str] = []
     probs: list[tuple[Tensor, Tensor]] = []
-    model.eval()
-    try:
+    with evaluating(model):
         for frames, targets, *named in loader:
             with torch.autocast(place.type, dtype=autocast, enabled=autocast is not None):
                 logits = model(frames.to(place, non_blocking=True))
@@ -73,9 +71,6 @@ def score_frames(
             probs.append((scores.target_prob, scores.top_prob))  # stays on the device: one copy at the end
             numbers = range(len(keys), len(keys) + len(frames))
             keys += named[0] if named else [f"{number:09}" for number in numbers]
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
     if not probs:
         raise ValueError("`loader` gave no frames to score")
     target_prob, top_prob = (torch.cat(parts).double().cpu() for parts in zip(*probs, strict=True))

@@ -8,8 +8,9 @@ from pytorch_lightning import Callback, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+from lightning_methods._modes import evaluating
 from lightning_methods.attach._lightning import MisconfigurationException
-from lightning_methods.attach.data_pass import evaluating, training_batches
+from lightning_methods.attach.data_pass import training_batches
 from lightning_methods.datamodules._tensors import TensorLoader
 
 X = torch.randn(10, IN, generator=torch.Generator().manual_seed(3))
