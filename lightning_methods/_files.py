@@ -79,7 +79,7 @@ def write_json(path: Path, content: Any) -> None:
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Has a new file written beside `path`, then puts it there in one step; makes the folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # keeps the suffix: savefig goes by it
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # keeps the suffix: savefig and PyAV go by it
     try:
         write(temporary)
         temporary.replace(path)

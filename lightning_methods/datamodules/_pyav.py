@@ -1,6 +1,5 @@
 """Video files, read and written through PyAV."""
 
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_methods._files import replace_file
 from lightning_methods.datamodules._frame_source import FrameSource, VideoError
 
 
@@ -161,17 +161,16 @@ def write_video(path: str | Path, frames: Iterable[Tensor], *, fps: float = 25.0
     """
     av = _import_av()
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+
+    def write(temporary: Path) -> None:
         with av.open(str(temporary), "w") as container:
             if not _encode(av, container, frames, fps, lossless):
                 raise VideoError(f"{path}: there are no frames to write")
-        temporary.replace(path)
+
+    try:
+        replace_file(path, write)
     except av.FFmpegError as error:
         raise VideoError(f"{path}: cannot be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _encode(av: Any, container: Any, frames: Iterable[Tensor], fps: float, lossless: bool) -> int:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from lightning_methods.datamodules._video_sampling import Sampling, frame_indices, random_starts
+
 #: A shorter cell at the end of a video is left out.
 MIN_CELL = 5
 # Spaced out, two runs with neighbouring seeds never share the order of an epoch.
@@ -23,16 +25,7 @@ def training_offsets(num_frames: int, num_snippets: int, span: int, generator: t
     Videos with fewer places than snippets: random places in order if they are longer than both `num_snippets` and
     `span`, evenly spread ones if they are as long as a span at least (or one frame shorter), else all 0.
     """
-    places = num_frames - span + 1
-    part = places // num_snippets
-    steps = torch.arange(num_snippets)
-    if part > 0:
-        return steps * part + torch.randint(part, (num_snippets,), generator=generator)
-    if num_frames > max(num_snippets, span):
-        return torch.randint(places, (num_snippets,), generator=generator).sort().values
-    if part == 0:
-        return (steps * places / num_snippets).round().long()
-    return torch.zeros_like(steps)
+    return random_starts(num_frames, Sampling(num_snippets, span), generator)
 
 
 def fixed_offsets(num_frames: int, num_snippets: int, span: int) -> Tensor:
@@ -46,7 +39,7 @@ def fixed_offsets(num_frames: int, num_snippets: int, span: int) -> Tensor:
 
 def clip_frames(offsets: Tensor, num_frames: int, clip_length: int, interval: int) -> Tensor:
     """Frames of the clips that begin at `offsets` (K,): (K, T), going on at the start when the video ends."""
-    return (offsets[:, None] + interval * torch.arange(clip_length)) % num_frames
+    return frame_indices(offsets, num_frames, Sampling(1, clip_length, interval))
 
 
 def middle_frame(frames: Tensor) -> Tensor:
