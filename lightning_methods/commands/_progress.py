@@ -13,7 +13,7 @@ _EVERY = 60.0  # seconds
 
 @contextmanager
 def progress(title: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr if that is a terminal and rich is installed, else lines. Gives a function that advances it.
+    """A bar on stderr if that is a terminal and rich is installed, else lines. Gives what is told how far it is.
 
     Args:
         title: Stands in front of the bar.
@@ -21,7 +21,7 @@ def progress(title: str, done: int, total: int) -> Iterator[Callable[[int], None
         total: How far it will be.
     """
     if find_spec("rich") is None or not sys.stderr.isatty():
-        yield _lines(title, done, total)
+        yield _lines(title, total)
         return
     from rich.console import Console
     from rich.progress import (
@@ -37,17 +37,16 @@ def progress(title: str, done: int, total: int) -> Iterator[Callable[[int], None
     columns = text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+        yield lambda now: bar.update(task, completed=now)
 
 
-def _lines(title: str, done: int, total: int) -> Callable[[int], None]:
+def _lines(title: str, total: int) -> Callable[[int], None]:
     said = time.monotonic()
 
-    def advance(count: int) -> None:
-        nonlocal done, said
-        done += count
+    def show(now: int) -> None:
+        nonlocal said
         if time.monotonic() - said >= _EVERY:
             said = time.monotonic()
-            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+            print(f"{title}: {now:,} of {total:,}", file=sys.stderr, flush=True)
 
-    return advance
+    return show

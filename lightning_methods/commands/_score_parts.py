@@ -48,12 +48,12 @@ def collect_scores(
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
     )
-    with progress("scoring", first, total) as advance:
+    with progress("scoring", first, total) as show:
         start, waiting = first, list[Scores]()
         for batch in rest:
             waiting.append(score(batch).numpy())
-            advance(len(waiting[-1]))
             done = sum(map(len, waiting))
+            show(start + done)
             if done == size or start + done == total:
                 save_scores(paths[start], np.concatenate(waiting))
                 start, waiting = start + done, []

@@ -2,17 +2,14 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from lightning_methods.commands._progress import progress
 from lightning_methods.datamodules._video_files import VideoKind
 from lightning_methods.datamodules.stillmix import VideoSource
 from lightning_methods.datamodules.stillmix_scuba import build_scuba, build_scufo
-
-Progress = Callable[[int, int], None]
 
 
 def main(argv: Sequence[str] | None) -> int:
@@ -64,7 +61,7 @@ def _parser() -> ArgumentParser:
 
 def _build(options: Namespace) -> None:
     videos = VideoSource(options.list, options.root, options.kind, options.template, options.with_offset)
-    with _progress() as progress:
+    with progress("videos", 0, len(videos.entries())) as show:
         made = build_scuba(
             videos,
             options.masks,
@@ -75,7 +72,7 @@ def _build(options: Namespace) -> None:
             conflicting=options.conflicting,
             valid_only=options.valid_only,
             on_error="skip" if options.skip_errors else "raise",
-            progress=progress,
+            progress=lambda done, _total: show(done),
         )
     print(f"{_count(made)} videos: {made}")
     if options.scufo:
@@ -85,16 +82,3 @@ def _build(options: Namespace) -> None:
 
 def _count(list_file: Path) -> int:
     return len(list_file.read_text().splitlines())
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Shows how far the work is, if rich is installed."""
-    if find_spec("rich") is None:
-        yield lambda done, total: None  # noqa: ARG005
-        return
-    from rich.progress import Progress as Bar
-
-    with Bar(transient=True) as bar:
-        task = bar.add_task("videos")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -149,7 +149,7 @@ def _train(network: SingleFrameClassifier, frames: RandomFrames, work: Path, opt
     file, last = work / "network.pt", work / "training.ckpt"
     if not file.exists():
         loader = random_frame_loader(frames, batch_size=options.batch_size, num_workers=options.workers)
-        with progress("epochs", 0, options.epochs) as advance:
+        with progress("epochs", 0, options.epochs) as show:
             trainer = Trainer(
                 max_epochs=options.epochs,
                 accelerator=options.accelerator,
@@ -159,7 +159,7 @@ def _train(network: SingleFrameClassifier, frames: RandomFrames, work: Path, opt
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                callbacks=[_Epochs(last, options.seed, advance)],
+                callbacks=[_Epochs(last, options.seed, show)],
             )
             trainer.fit(network, loader, ckpt_path=last if last.exists() else None)
         replace_file(file, lambda path: torch.save(network.state_dict(), path))
@@ -172,28 +172,23 @@ def _train(network: SingleFrameClassifier, frames: RandomFrames, work: Path, opt
 class _Epochs(Callback):
     """Saves after each epoch; random numbers of an epoch do not depend on how often the run was stopped before."""
 
-    def __init__(self, file: Path, seed: int, advance: Callable[[int], None]) -> None:
-        self.file, self.seed, self.advance = file, seed, advance
-        self.done = 0
+    def __init__(self, file: Path, seed: int, show: Callable[[int], None]) -> None:
+        self.file, self.seed, self.show = file, seed, show
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Called before each epoch: seeds what the network draws, dropout for one."""
-        self._show(trainer.current_epoch)
+        self.show(trainer.current_epoch)
         torch.manual_seed(seeded("epoch", self.seed, trainer.current_epoch).initial_seed())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Called after each epoch: saves it."""
         replace_file(self.file, trainer.save_checkpoint)
-        self._show(trainer.current_epoch + 1)
-
-    def _show(self, done: int) -> None:
-        self.advance(done - self.done)
-        self.done = done
+        self.show(trainer.current_epoch + 1)
 
 
 def _score(network: SingleFrameClassifier, frames: AllFrames, work: Path, options: Namespace) -> FrameScores:
     parts = []
-    with progress("videos", 0, len(frames)) as advance:
+    with progress("videos", 0, len(frames)) as show:
         for start in range(0, len(frames), options.videos_per_part):
             videos = range(start, min(start + options.videos_per_part, len(frames)))
             # Named after its lines, for a list may be mended before a stopped call goes on.
@@ -203,7 +198,7 @@ def _score(network: SingleFrameClassifier, frames: AllFrames, work: Path, option
                 batches = frame_batches(frames, videos, batch_size=options.batch_size, num_workers=options.workers)
                 save_frame_scores(file, _score_part(network, batches, options))
             parts.append(load_frame_scores(file))
-            advance(len(videos))
+            show(videos.stop)
     return FrameScores(
         tuple(key for part in parts for key in part.keys),
         torch.cat([part.target_prob for part in parts]),

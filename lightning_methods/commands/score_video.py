@@ -176,12 +176,12 @@ def _scores(options: Namespace, source: FrameSource, name: str, score: Scorer) -
         # Whole batches only: the rest is then in the batches of a run that was never stopped, with its very scores.
         del scores[len(scores) // options.batch_size * options.batch_size :]
         replace_file(file, partial(_write_scores, scores))
-        with progress(name, len(scores), cells) as advance, file.open("a") as lines:
+        with progress(name, len(scores), cells) as show, file.open("a") as lines:
             for batch in score_video(source, score, shape, options.batch_size, len(scores)):
                 scores += batch.tolist()
                 lines.writelines(f"{value!r}\n" for value in batch.tolist())
                 lines.flush()
-                advance(len(batch))
+                show(len(scores))
     return scores
 
 

@@ -77,7 +77,7 @@ def test_ctrl_c_says_how_to_go_on(videos, monkeypatch, capsys):
 
 
 def test_works_without_rich(videos, monkeypatch):
-    monkeypatch.setattr("lightning_methods.commands.build_scuba.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_methods.commands._progress.find_spec", lambda name: None)
     assert run(videos) == 0
 
 

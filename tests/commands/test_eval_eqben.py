@@ -464,9 +464,9 @@ def test_without_rich(world, user, monkeypatch, tmp_path, capsys):
 def test_lines_come_once_a_minute(monkeypatch, capsys):
     clock = iter([0, 30, 61, 61, 90, 121, 121])
     monkeypatch.setattr(_progress.time, "monotonic", lambda: next(clock))
-    with _progress.progress("scoring", 1000, 9000) as advance:
-        for count in (100, 100, 100, 100):
-            advance(count)
+    with _progress.progress("scoring", 1000, 9000) as show:
+        for now in (1100, 1200, 1300, 1400):
+            show(now)
     assert capsys.readouterr().err == "scoring: 1,200 of 9,000\nscoring: 1,400 of 9,000\n"
 
 
