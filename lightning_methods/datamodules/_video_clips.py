@@ -154,8 +154,7 @@ class VideoClips(Dataset[Item | None]):
         return self.transform(frames), entry.label, index
 
     def _read(self, source: FrameSource, entry: VideoEntry) -> Tensor:
-        num_frames = source.num_frames - entry.start if entry.num_frames is None else entry.num_frames
-        return source.read(entry.start + self.transform.indices(num_frames).flatten())
+        return source.read(entry.start + self.transform.indices(entry.length(source.num_frames)).flatten())
 
 
 @dataclass(frozen=True)

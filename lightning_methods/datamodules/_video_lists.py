@@ -34,6 +34,10 @@ class VideoEntry:
     num_frames: int | None = None
     start: int = 0
 
+    def length(self, there: int) -> int:
+        """Frames of the entry in a video of `there` frames: as many as the line says, or all from `start` on."""
+        return there - self.start if self.num_frames is None else self.num_frames
+
 
 def read_video_list(path: Path, kind: VideoKind, *, with_offset: bool = False) -> list[VideoEntry]:
     """The lines of a list.

@@ -122,7 +122,7 @@ class _Videos:
 
 
 def _frames_of(entry: VideoEntry, opened: FrameSource) -> range:
-    stop = opened.num_frames if entry.num_frames is None else entry.start + entry.num_frames
+    stop = entry.start + entry.length(opened.num_frames)
     if not entry.start < stop <= opened.num_frames:
         raise VideoError(f"{opened.path} has {opened.num_frames} frames, but the list has {entry.start} … {stop - 1}")
     return range(entry.start, stop)

@@ -135,7 +135,7 @@ def build_scufo(scuba: VideoSource, out: str | Path, *, seed: int) -> Path:
         if entry.name in folder.made:
             continue
         with open_video(reader.path(entry), kind=scuba.kind, template=scuba.template) as source:
-            number = int(_rng(seed, entry.name).integers(entry.num_frames or source.num_frames))
+            number = int(_rng(seed, entry.name).integers(entry.length(source.num_frames)))
             (frame,) = source.read([entry.start + number])
         name = _stem(entry)
         folder.write_frame(name, frame)
@@ -161,8 +161,7 @@ class _Reader:
     def frames(self, entry: VideoEntry) -> Tensor:
         """uint8 (T, 3, H, W)."""
         with open_video(self.path(entry), kind=self.videos.kind, template=self.videos.template) as source:
-            count = source.num_frames - entry.start if entry.num_frames is None else entry.num_frames
-            return source.read(range(entry.start, entry.start + count))
+            return source.read(range(entry.start, entry.start + entry.length(source.num_frames)))
 
 
 class _TooSmallError(VideoError):

@@ -1,6 +1,7 @@
 """A plain contrastive image-text model, as anyone would have it. It knows nothing of EqSim."""
 
 import math
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
@@ -86,12 +87,13 @@ class DualEncoder(LightningModule):
 
     def configure_optimizers(self) -> AdamW:
         """AdamW; biases do not decay."""
-        decaying = [p for p in self.parameters() if p.ndim > 1 or (self.decay_scale and p is self.logit_scale)]
-        others = [p for p in self.parameters() if not any(p is one for one in decaying)]
-        groups = [
-            {"params": decaying, "weight_decay": self.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": self.weight_decay},
+            {"params": [], "weight_decay": 0.0},
         ]
+        for parameter in self.parameters():
+            decays = parameter.ndim > 1 or (self.decay_scale and parameter is self.logit_scale)
+            groups[0 if decays else 1]["params"].append(parameter)
         return AdamW(groups, lr=self.lr)
 
 

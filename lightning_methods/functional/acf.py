@@ -164,16 +164,23 @@ def cluster_attention(
         >>> cluster_attention(q, k, v, cluster, normalize=True).squeeze()
         tensor([2.3333, 3.6667])
     """
-    check_floating(query=query, key=key, value=value, cluster=cluster)
-    check_shape("query", query, "B, H, N, d", (None,) * 4)
-    batch, heads, length, _ = query.shape
-    check_shape("key", key, "B, H, N, d", query.shape)
-    check_shape("value", value, "B, H, N, d", (batch, heads, length, None))
+    check_floating(cluster=cluster)
+    batch, heads, length = check_attention(query, key, value)
     if cluster.shape not in ((batch, length, length), (batch, heads, length, length)):
         expected = f"(B, N, N) = {(batch, length, length)} or (B, H, N, N)"
         raise ValueError(f"`cluster` must have shape {expected}, got {tuple(cluster.shape)}")
     weights = cluster_weights(query, key, cluster, attn_mask=attn_mask, scale=scale, normalize=normalize)
     return apply_weights(weights, value, dropout_p)
+
+
+def check_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int]:
+    """B, H and N of what attends, (B, H, N, d), where values may have a width of their own."""
+    check_floating(query=query, key=key, value=value)
+    check_shape("query", query, "B, H, N, d", (None,) * 4)
+    batch, heads, length, _ = query.shape
+    check_shape("key", key, "B, H, N, d", query.shape)
+    check_shape("value", value, "B, H, N, d", (batch, heads, length, None))
+    return batch, heads, length
 
 
 def apply_weights(weights: Tensor, value: Tensor, dropout_p: float) -> Tensor:

@@ -25,6 +25,7 @@ from lightning_methods.functional._shapes import at_least_float32, check_floatin
 from lightning_methods.functional.acf import (
     SpanScores,
     apply_weights,
+    check_attention,
     cluster_weights,
     log_growth,
     logits_of_spans,
@@ -319,11 +320,7 @@ def _flex(
 def _check_attention(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, block_size: int
 ) -> tuple[int, int]:
-    check_floating(query=query, key=key, value=value)
-    check_shape("query", query, "B, H, N, d", (None,) * 4)
-    batch, heads, length, _ = query.shape
-    check_shape("key", key, "B, H, N, d", query.shape)
-    check_shape("value", value, "B, H, N, d", (batch, heads, length, None))
+    batch, _, length = check_attention(query, key, value)
     if key_mask is not None:
         check_shape("key_mask", key_mask, "B, N", (batch, length))
     check_range("block_size", block_size, 1, math.inf)

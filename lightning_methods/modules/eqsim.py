@@ -1,6 +1,5 @@
 """EqSim with its settings in one place, on the embeddings of a batch."""
 
-import inspect
 import math
 from typing import Any, Literal, TypeAlias
 
@@ -20,6 +19,7 @@ from lightning_methods.functional._eqsim_checks import check_matrix
 from lightning_methods.functional._eqsim_criterion import Criterion, Hinge
 from lightning_methods.functional._logits import check_choice, check_positive, check_range, upcast
 from lightning_methods.functional.eqsim import Activation, ItmActivation
+from lightning_methods.modules._repr import changed_arguments
 
 Mode: TypeAlias = Literal["close_far", "close_only", "all_pairs", "itm", "cyclic", "cross_modal", "in_modal"]
 
@@ -203,9 +203,7 @@ class EqSimLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The constructor's arguments that differ from the defaults."""
-        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
-        values = {**vars(self), **self.criterion._asdict()}
-        return ", ".join(f"{name}={values[name]!r}" for name in defaults if values[name] != defaults[name])
+        return changed_arguments(self, {**vars(self), **self.criterion._asdict()})
 
     def _close_far(
         self, scores: Tensor, close_index: Tensor | None, num_anchors: int | None, exclude: Tensor | None

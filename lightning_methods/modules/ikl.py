@@ -1,6 +1,5 @@
 """The IKL and GKL losses together with the class means that they learn during training."""
 
-import inspect
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning_methods.functional._logits import check_choice, check_logits, che
 from lightning_methods.functional.class_probs import accumulate_class_probs_
 from lightning_methods.functional.ikl import Normalization
 from lightning_methods.modules._local import LocalBuffers
+from lightning_methods.modules._repr import changed_arguments
 
 
 class IKLLoss(LocalBuffers):
@@ -178,9 +178,7 @@ class IKLLoss(LocalBuffers):
 
     def extra_repr(self) -> str:
         """The constructor's arguments that differ from the defaults."""
-        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
-        values = {name: getattr(self, name) for name in defaults}
-        return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
+        return changed_arguments(self, {**vars(self), "num_classes": self.num_classes})
 
     def _start_if_new(self, logits: Tensor) -> None:
         if self.num_classes is None:

@@ -1,7 +1,6 @@
 """ProReg in a loop of one's own: the loss with its settings, classifiers made of words, and the frozen teacher."""
 
 import copy
-import inspect
 import math
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning_methods.functional import prompt_logits, prompt_text_features, pr
 from lightning_methods.functional._logits import Reduction, check_choice, check_positive
 from lightning_methods.functional.proreg import Weighting, check_options
 from lightning_methods.functional.proreg_prompts import check_features, cosine_logits
+from lightning_methods.modules._repr import changed_arguments
 
 
 class ProRegLoss(nn.Module):
@@ -63,8 +63,7 @@ class ProRegLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings that differ from the defaults."""
-        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if value != defaults[name])
+        return changed_arguments(self, self.settings)
 
 
 class PromptClassifier(nn.Module):

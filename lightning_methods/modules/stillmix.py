@@ -1,6 +1,5 @@
 """StillMix as a module, and what it shares with the augmentations that it is compared with."""
 
-import inspect
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from lightning_methods.functional import Mixed, StillMixDraw, sample_stillmix, stillmix
 from lightning_methods.functional._logits import check_choice, check_positive, check_range
 from lightning_methods.functional._video import Layout, blend, check_videos, soft_targets
+from lightning_methods.modules._repr import changed_arguments
 from lightning_methods.modules.stillmix_bank import FrameBank
 
 Source = Literal["bank", "batch"]
@@ -77,9 +77,7 @@ class VideoAugmentation(nn.Module):
 
     def extra_repr(self) -> str:
         """The constructor's arguments that differ from the defaults."""
-        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
-        values = {name: getattr(self, name) for name in defaults if name not in self._modules}
-        return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
+        return changed_arguments(self, vars(self))
 
 
 class StillMixAugment(VideoAugmentation):

@@ -16,7 +16,7 @@ from lightning_methods.functional import (
 from lightning_methods.functional._logits import check_choice, check_positive, check_range
 from lightning_methods.functional._shapes import check_shape
 from lightning_methods.functional.twbert_frames import PerturbedGradient
-from lightning_methods.modules._attention import check_multihead, check_timm, copy_into
+from lightning_methods.modules._attention import check_heads, check_multihead, check_timm, copy_into
 
 #: Of the packed maps, in order.
 MAPS = ("q1", "k1", "v1", "q2", "k2", "v2", "out", "traj")
@@ -43,8 +43,7 @@ class TrajectoryWordAttention(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.1, eps: float = 1e-12) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"`num_heads` must divide embed_dim {embed_dim}, got {num_heads}")
+        check_heads(embed_dim, num_heads)
         check_range("dropout", dropout, 0, 1)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
